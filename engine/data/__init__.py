@@ -1,0 +1,1 @@
+"""From files to windows of micro-batches: read -> rows -> encode -> windows, a file each, in this order."""

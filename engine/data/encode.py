@@ -1,0 +1,142 @@
+"""Examples to tokens, once: an Arrow file, memory-mapped, found again by the hash of all that it depends on.
+
+The file is plain Arrow (`datasets.Dataset.from_file` reads it too). Columns that are ragged, such as input_ids, are
+read as one flat array with offsets: example i is flat[offsets[i]:offsets[i+1]]. Nothing is copied into memory until a
+micro-batch asks for it, and rows cost no Python object each.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.read import Row
+
+VERSION = 1  # of the file's layout: part of the hash
+CHUNK = 1000  # examples tokenised between two looks at `interrupted`
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Encoded:
+    """One split as tokens. N examples."""
+
+    ragged: dict[str, tuple[Array, Array]]  # name -> flat (total,), offsets (N + 1,)
+    scalars: dict[str, Array]  # name -> (N,)
+    padding: dict[str, int]  # name -> what fills a ragged column up
+    path: Path | None = None
+    reused: bool = False
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each example, (N,)."""
+        return np.diff(self.ragged["input_ids"][1])
+
+    def batch(self, index: Array) -> dict[str, torch.Tensor]:
+        """The examples `index` as tensors: ragged columns padded to the longest, attention_mask added."""
+        lengths = self.lengths[index]
+        inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+        out = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
+        for name, (flat, offsets) in self.ragged.items():
+            padded = np.full(inside.shape, self.padding[name], dtype=np.int64)
+            padded[inside] = np.concatenate([flat[offsets[i] : offsets[i + 1]] for i in index])
+            out[name] = torch.from_numpy(padded)  # (B, T)
+        for name, values in self.scalars.items():
+            out[name] = torch.from_numpy(values[index])  # (B,)
+        return out
+
+
+def encode(task: Any, rows: list[Row], tokenizer: Any, max_length: int, cache: Path | None,
+           interrupted: Callable[[], bool] = lambda: False) -> Encoded:
+    """`rows` as the task sees them, tokenised; from `cache` when the same thing was tokenised before."""
+    path = cache / f"{_key(task, rows, tokenizer, max_length)}.arrow" if cache else None
+    padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, "labels": -100}
+    if path is not None and path.exists():
+        return _open(path, padding, reused=True)
+    columns: dict[str, list[Any]] = {}
+    for start in range(0, len(rows), CHUNK):
+        if interrupted():
+            raise KeyboardInterrupt
+        for name, values in task.encode(rows[start : start + CHUNK], tokenizer, max_length).items():
+            columns.setdefault(name, []).extend(values)
+    if path is None:
+        return _from_columns(columns, padding)
+    _write(path, columns)
+    return _open(path, padding, reused=False)
+
+
+def _key(task: Any, rows: list[Row], tokenizer: Any, max_length: int) -> str:
+    """sha256 of everything that the tokens depend on."""
+    digest = hashlib.sha256()
+    settings = [VERSION, type(task).__name__, task.fingerprint(), max_length, tokenizer.padding_side, tokenizer.truncation_side]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(json.dumps([tokenizer.special_tokens_map, tokenizer.pad_token_id], sort_keys=True, default=str).encode())
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend.pop("truncation"), backend.pop("padding")  # every call sets these two anew
+    digest.update(json.dumps(backend, sort_keys=True).encode())
+    used = [*task.columns.values()]
+    for row in rows:
+        digest.update(json.dumps([row.get(name) for name in used], default=str).encode())
+    return digest.hexdigest()[:40]
+
+
+def _write(path: Path, columns: dict[str, list[Any]]) -> None:
+    import pyarrow
+
+    arrays = {}
+    for name, values in columns.items():
+        if isinstance(values[0], list | np.ndarray):
+            offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
+            flat = np.concatenate([np.asarray(v, dtype=np.int32) for v in values])
+            arrays[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat))
+        else:
+            arrays[name] = pyarrow.array(values)
+    table = pyarrow.table(arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        temporary.rename(path)  # whole or not at all, whoever else is writing it
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open(path: Path, padding: dict[str, int], reused: bool) -> Encoded:
+    import pyarrow
+
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+    ragged: dict[str, tuple[Array, Array]] = {}
+    scalars: dict[str, Array] = {}
+    for name in table.column_names:
+        values = table.column(name).combine_chunks()
+        if isinstance(values, pyarrow.ChunkedArray):
+            values = values.chunk(0)
+        if pyarrow.types.is_list(values.type):
+            ragged[name] = (values.values.to_numpy(), values.offsets.to_numpy())
+        else:
+            scalars[name] = values.to_numpy(zero_copy_only=False)
+    return Encoded(ragged, scalars, padding, path, reused)
+
+
+def _from_columns(columns: dict[str, list[Any]], padding: dict[str, int]) -> Encoded:
+    ragged: dict[str, tuple[Array, Array]] = {}
+    scalars: dict[str, Array] = {}
+    for name, values in columns.items():
+        if isinstance(values[0], list | np.ndarray):
+            offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])])
+            ragged[name] = (np.concatenate([np.asarray(v, dtype=np.int32) for v in values]), offsets)
+        else:
+            scalars[name] = np.asarray(values)
+    return Encoded(ragged, scalars, padding)

@@ -1,0 +1,112 @@
+"""Tokens to windows: what one optimizer step sees, cut into micro-batches that fit the memory.
+
+A *window* is `batch_size` examples, in an order that is a pure function of (seed, epoch). A *micro-batch* is the part
+of it that goes through the model at once. The loss of the window is the sum over its micro-batches divided by the
+window's items, so how a window is cut changes memory and speed and nothing else. That freedom is used: a window is
+sorted by length before it is cut, so that little padding is computed.
+
+    window of 8:   [9 23 5 6 31 8 5 12]  ->  sorted  5 5 6 8 9 | 12 23 | 31     (budget 48 padded tokens)
+
+Because order and cut are pure functions, going on in the middle of an epoch is `epoch(n, skip=k)`: slicing.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.data.encode import Array, Encoded
+
+Batch = dict[str, torch.Tensor]
+OVERHEAD = 64  # padded tokens that one more forward and backward pass costs about as much as
+
+
+@dataclass
+class Window:
+    """One optimizer step's examples: `rows` index the split, `items` is what the loss is divided by."""
+
+    rows: Array
+    micro_batches: list[Batch]
+    items: int
+    tokens: int  # without padding
+
+
+class Windows:
+    """The windows of one split. `items(batch)` counts what the task's loss sums over."""
+
+    def __init__(self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int):
+        self.encoded, self.items, self.batch_size, self.tokens, self.seed = encoded, items, batch_size, tokens, seed
+        self.per_epoch = math.ceil(len(encoded) / batch_size)
+
+    def order(self, epoch: int) -> Array:
+        """The permutation of the split in this epoch, (N,): a pure function of (seed, epoch)."""
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.encoded))
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Window]:
+        """The windows of one epoch from number `skip` on; the last one may be shorter."""
+        order = self.order(epoch)
+        for start in range(skip * self.batch_size, len(order), self.batch_size):
+            yield self.window(order[start : start + self.batch_size])
+
+    def window(self, rows: Array) -> Window:
+        batches = [self.encoded.batch(part) for part in cut(rows, self.encoded.lengths[rows], self.tokens)]
+        return Window(rows, batches, sum(map(self.items, batches)), int(self.encoded.lengths[rows].sum()))
+
+
+def cut(rows: Array, lengths: Array, budget: int) -> list[Array]:
+    """`rows` sorted by length and cut so that each part, padded to its longest, holds at most `budget` tokens.
+
+    Among all such cuts the cheapest is taken, by dynamic programming over the sorted lengths: cost of a part = its
+    padded tokens + OVERHEAD. A single row above the budget is a part of its own.
+    """
+    by_length = np.argsort(lengths, kind="stable")
+    sizes = lengths[by_length].astype(np.int64)
+    n = len(sizes)
+    best = np.zeros(n + 1, dtype=np.int64)  # best[j]: the least cost of the first j rows
+    start = np.zeros(n + 1, dtype=np.int64)  # where the last part of that cut begins
+    for j in range(1, n + 1):
+        lowest = max(0, min(j - 1, j - budget // int(sizes[j - 1])))
+        costs = best[lowest:j] + (j - np.arange(lowest, j)) * sizes[j - 1] + OVERHEAD
+        start[j] = lowest + int(np.argmin(costs))
+        best[j] = costs.min()
+    parts, j = [], n
+    while j > 0:
+        parts.append(rows[by_length[start[j] : j]])
+        j = int(start[j])
+    return parts[::-1]
+
+
+def in_order(encoded: Encoded, tokens: int) -> Iterator[tuple[Array, Batch]]:
+    """All examples once, for evaluation: sorted by length, cut by `tokens`; yields (row numbers, batch)."""
+    by_length = np.argsort(encoded.lengths, kind="stable")
+    at = 0
+    while at < len(by_length):
+        size = 1
+        while at + size < len(by_length) and (size + 1) * encoded.lengths[by_length[at + size]] <= tokens:
+            size += 1
+        rows = by_length[at : at + size]
+        yield rows, encoded.batch(rows)
+        at += size
+
+
+def describe_plan(windows: Windows, epochs: int, max_steps: int | None) -> dict[str, Any]:
+    """The arithmetic of a run: windows, steps and what padding costs, from the first epoch's plan."""
+    lengths, order = windows.encoded.lengths, windows.order(0)
+    padded = parts = 0
+    for start in range(0, len(order), windows.batch_size):
+        rows = order[start : start + windows.batch_size]
+        for part in cut(rows, lengths[rows], windows.tokens):
+            padded += len(part) * int(lengths[part].max())
+            parts += 1
+    steps = windows.per_epoch * epochs
+    return {
+        "examples": len(order),
+        "windows_per_epoch": windows.per_epoch,
+        "steps": min(steps, max_steps or steps),
+        "micro_batches_per_window": round(parts / windows.per_epoch, 2),
+        "real_tokens": int(lengths.sum()),
+        "padded_tokens": padded,
+    }

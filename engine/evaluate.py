@@ -1,0 +1,74 @@
+"""Model and examples to predictions, predictions to scores. Training is left as it was: modes, random states, gradients."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine import metrics, seeds
+from engine.data.encode import Encoded
+from engine.data.windows import in_order
+
+
+@dataclass
+class Scored:
+    """A split's outputs in the file's order, and what they are worth."""
+
+    outputs: np.ndarray  # (N, K) logits
+    losses: np.ndarray  # (N,)
+    scores: dict[str, float]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """model.eval() for the block; afterwards each module is in the mode it was in."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def outputs(model: nn.Module, task: Any, encoded: Encoded, *, tokens: int, device: torch.device, autocast: Any,
+            interrupted: Callable[[], bool] = lambda: False) -> np.ndarray:
+    """The task's raw outputs for every example, in the examples' order."""
+    made: np.ndarray | None = None
+    with seeds.untouched(), eval_mode(model), torch.inference_mode():
+        for rows, batch in in_order(encoded, tokens):
+            if interrupted():
+                raise KeyboardInterrupt
+            with autocast():
+                part = task.forward(model, {k: v.to(device, non_blocking=True) for k, v in batch.items()})
+            part = part.float().cpu().numpy()
+            if made is None:
+                made = np.empty((len(encoded), *part.shape[1:]), dtype=part.dtype)
+            made[rows] = part
+    assert made is not None, "an empty split reached evaluation"
+    return made
+
+
+def score(task: Any, made: np.ndarray, labels: np.ndarray, names: list[str]) -> Scored:
+    """Mean loss and the named metrics of outputs (N, K) against labels (N,)."""
+    losses = task.losses(made, labels)
+    probabilities = task.probabilities(made)
+    scores = {"loss": float(losses.astype(np.float64).mean())}
+    scores |= metrics.compute(names, labels, probabilities.argmax(axis=1), probabilities)
+    return Scored(made, losses, scores)
+
+
+def report(task: Any, scored: Scored, labels: np.ndarray, names: list[str], resamples: int) -> dict[str, Any]:
+    """The long form of a final score: every metric, intervals of the headline ones, confusion matrix, per class."""
+    probabilities = task.probabilities(scored.outputs)
+    predicted = probabilities.argmax(axis=1)
+    every = [n for n in metrics.CLASSIFICATION if len(task.labels) == 2 or n not in ("precision", "recall", "f1")]
+    return {
+        "scores": scored.scores | metrics.compute(every, labels, predicted, probabilities),
+        "intervals": metrics.intervals(names, labels, predicted, probabilities, resamples) if resamples else {},
+        "detail": metrics.detail(task.labels, labels, predicted),
+    }

@@ -1,0 +1,77 @@
+"""Names to code: the folder listing is the registry.
+
+`tune.method: lora` is the file engine/tune/lora.py, `task: classification` is engine/tasks/classification.py. A new
+task or method is therefore one new file, with no list to edit. A researcher's own code is named by
+"file.py:Class" or "package.module:Class".
+"""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from engine.errors import InputError, nearest
+
+ENGINE = Path(__file__).resolve().parent
+PROJECT = ENGINE.parent  # the folder that holds engine/ and recipes/
+
+
+def names(kind: str) -> list[str]:
+    """The names that engine/KIND/ offers: its files, without those that begin with an underscore."""
+    return sorted(p.stem for p in (ENGINE / kind).glob("*.py") if not p.stem.startswith("_"))
+
+
+def module(kind: str, name: str, where: str) -> ModuleType:
+    """engine/KIND/NAME.py as a module, or an error at `where` that offers the nearest name."""
+    if name not in names(kind):
+        raise InputError(f"{where}: no {kind.rstrip('s')} '{name}'{nearest(name, names(kind))}")
+    return importlib.import_module(f"engine.{kind}.{name}")
+
+
+def locate(path: str, folders: tuple[Path, ...] = ()) -> Path | None:
+    """The first existing place of a relative `path`: here, in the project, in one of `folders`."""
+    candidate = Path(path).expanduser()
+    if candidate.is_absolute():
+        return candidate if candidate.exists() else None
+    for folder in (Path.cwd(), PROJECT, *folders):
+        if (folder / candidate).exists():
+            return folder / candidate
+    return None
+
+
+def load_class(spec: str, where: str, folders: tuple[Path, ...] = ()) -> type:
+    """The class that "file.py:Class" or "package.module:Class" names. Importing runs that file's code."""
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise InputError(f"{where}: '{spec}' names no class; write file.py:Class or package.module:Class")
+    if source.endswith(".py"):
+        path = locate(source, folders)
+        if path is None:
+            raise InputError(f"{where}: no file {source} (looked here and in the recipe's folder)")
+        loaded = _load_file(path, where)
+    else:
+        try:
+            loaded = importlib.import_module(source)
+        except ImportError as error:
+            raise InputError(f"{where}: cannot import {source}: {error}") from error
+    if not hasattr(loaded, name):
+        classes = [k for k, v in vars(loaded).items() if isinstance(v, type)]
+        raise InputError(f"{where}: {source} has no class '{name}'{nearest(name, classes)}")
+    found = getattr(loaded, name)
+    if not isinstance(found, type):
+        raise InputError(f"{where}: {spec} is a {type(found).__name__}, not a class")
+    return found
+
+
+def _load_file(path: Path, where: str) -> ModuleType:
+    name = f"engine_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded  # so that dataclasses and pickling-free copies of its classes find their module
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:
+        raise InputError(f"{where}: {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return loaded

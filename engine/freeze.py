@@ -1,0 +1,72 @@
+"""What trains: by path, never by looking for letters in a name.
+
+A model is a stack of blocks with something before it (embeddings) and something after it (a last norm, a pooler), and
+a head on top. `layout` finds these four parts in any architecture of transformers by their order and their classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from engine.swap import Swapped
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a model, as module paths from the model's root."""
+
+    before: list[str]  # embeddings
+    blocks: list[str]  # in order, lowest first
+    after: list[str]  # last norm, pooler
+    head: list[str]
+
+
+def layout(model: Any, head: list[str]) -> Layout:
+    """Find the stack: the longest ModuleList of blocks of one class, at the least depth."""
+    body_name = getattr(model, "base_model_prefix", "")
+    body = getattr(model, body_name, model) if body_name else model
+    prefix = f"{body_name}." if body is not model else ""
+    stacks = [
+        (path, module) for path, module in body.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(m) for m in module}) == 1
+    ]
+    if not stacks:
+        return Layout([], [], [], head)
+    path, stack = max(stacks, key=lambda s: (len(s[1]), -s[0].count(".")))
+    children = [name for name, _ in body.named_children()]
+    at = children.index(path.split(".")[0])
+    return Layout(
+        [prefix + name for name in children[:at]],
+        [f"{prefix}{path}.{i}" for i in range(len(stack))],
+        [prefix + name for name in children[at + 1 :]],
+        head,
+    )
+
+
+def train_only(model: nn.Module, paths: list[str]) -> None:
+    """Freeze everything but the parameters under `paths`."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name == p or name.startswith(p + ".") for p in paths))
+
+
+def fresh_and_frozen(model: nn.Module, fresh: list[str], swapped: list[Swapped]) -> list[str]:
+    """Parameters with random values that would never learn: always a mistake."""
+    new = set(fresh) | {f"{s.path}.{name}" for s in swapped for name in s.fresh}
+    return [name for name, p in model.named_parameters() if name in new and not p.requires_grad]
+
+
+def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: weights with decay; biases, norms and other vectors without."""
+    decayed, plain = [], []
+    norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            vector = parameter.ndim < 2 or id(parameter) in norms or name.endswith(".bias")
+            (plain if vector else decayed).append((name, parameter))
+    made = []
+    for label, named, decay in (("decayed", decayed, weight_decay), ("plain", plain, 0.0)):
+        if named:
+            made.append({"params": [p for _, p in named], "names": [n for n, _ in named], "group": label, "lr": learning_rate,
+                         "initial_lr": learning_rate, "weight_decay": decay})
+    return made

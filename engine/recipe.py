@@ -1,0 +1,297 @@
+"""A recipe: one YAML file and some overrides, checked whole before anything is loaded.
+
+    recipe = load("bert_sentiment", ["train.epochs=1"])
+    recipe.train.learning_rate, recipe.where("data.train")     # 5e-05, "recipes/bert_sentiment.yaml:12"
+
+All errors come at once, each with file:line, key and the nearest right name.
+"""
+
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic_core import PydanticUndefined
+
+from engine import find, yaml12
+from engine.errors import InputError, listing, nearest
+from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Group, Model, Schema, SwapRule, Train, Tune
+
+
+class Recipe:
+    """A checked recipe. Its groups are attributes; `where(key)` says which line of which file set a key."""
+
+    task: str
+    seed: int
+    model: Model
+    data: Data
+    swap: list[SwapRule]
+    tune: Any  # Tune with the options of its method
+    train: Train
+    evaluate: Evaluate
+    early_stopping: EarlyStopping | None
+    checkpoint: Checkpoint
+
+    def __init__(self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], path: Path):
+        self.__dict__.update({name: getattr(values, name) for name in Schema.model_fields})
+        self.raw, self.where, self.path = raw, where, path
+        self.name = path.stem
+
+    def error(self, key: str, problem: str) -> InputError:
+        return InputError(f"{self.where(key)}: {key}: {problem}")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults written out; reads back as the same recipe."""
+        return {name: _plain(getattr(self, name)) for name in Schema.model_fields if name != "offline"}
+
+    def changed(self, overrides: list[str]) -> "Recipe":
+        """The same recipe with more overrides."""
+        return _check(self.raw, overrides, self.where, self.path)
+
+
+def load(name: str, overrides: list[str] | None = None, *, offline: bool = False) -> Recipe:
+    """Read the recipe `name` (in recipes/, or a path), apply overrides, check all of it. Raises InputError."""
+    path = locate(name)
+    shown = _shown(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown}: not UTF-8 at byte {error.start}; save the recipe as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{shown}: cannot be read: {error.strerror}") from error
+    raw, lines = yaml12.parse(text, shown)
+    if not isinstance(raw, dict):
+        raise InputError(f"{shown}: a recipe is a mapping of keys, beginning with `task:`")
+
+    def where(key: str) -> str:
+        """The line of `key`, or of the nearest group around it."""
+        parts = tuple(key.split("."))
+        while parts and parts not in lines:
+            parts = parts[:-1]
+        return f"{shown}:{lines[parts]}" if parts else shown
+
+    if offline:
+        block = raw.get("offline")
+        if not isinstance(block, dict) or not block:
+            raise InputError(f"{shown}: --offline needs an `offline:` block in the recipe, and it has none")
+        raw = _merged(raw, block)
+    return _check(raw, overrides or [], where, path)
+
+
+def locate(name: str) -> Path:
+    """The file of a recipe: a path, or a name in recipes/."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        found = find.locate(name)
+        if found is None or not found.is_file():
+            raise InputError(f"no recipe file {name}")
+        return found
+    known = available()
+    if name not in known:
+        raise InputError(f"no recipe '{name}' in recipes/{nearest(name, known)}")
+    return known[name]
+
+
+def available() -> dict[str, Path]:
+    """Name -> file of every recipe in recipes/ (here first, then the project's own)."""
+    folders = (find.PROJECT / "recipes", Path.cwd() / "recipes")
+    return {p.stem: p for folder in folders for p in sorted(folder.glob("*.yaml"))}
+
+
+def _check(raw: dict[str, Any], overrides: list[str], where: Callable[[str], str], path: Path) -> Recipe:
+    raw, from_command = _override(raw, overrides)
+
+    def place(key: str) -> str:
+        return "command line" if any(key == k or key.startswith(k + ".") for k in from_command) else where(key)
+
+    tune = raw.get("tune")
+    method = tune.get("method", "full") if isinstance(tune, dict) else "full"
+    problems: list[str] = []
+    options: type[BaseModel] = Tune
+    for kind, name, key in (("tune", method, "tune.method"), ("tasks", raw.get("task"), "task")):
+        if isinstance(name, str):
+            try:
+                if name not in find.names(kind):
+                    what = "method" if kind == "tune" else "task"
+                    raise InputError(f"{place(key)}: {key}: no {what} '{name}'{nearest(name, find.names(kind))}")
+                if kind == "tune" and name != "full":  # the one method without options needs no import
+                    options = find.module(kind, name, place(key)).Options
+            except InputError as error:
+                problems.append(str(error))
+    schema = create_model("Recipe", __base__=Schema, tune=(options, Field(default_factory=options)))
+    try:
+        values = schema.model_validate(raw)
+    except ValidationError as error:
+        problems += [p for e in error.errors() if (p := _problem(e, schema, raw, place)) not in problems]
+        raise InputError(listing(problems)) from error
+    problems += _cross_checks(values, place)
+    if problems:
+        raise InputError(listing(problems))
+    return Recipe(values, raw, place, path)
+
+
+def _override(raw: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    raw, keys, problems = _merged(raw, {}), [], []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key or any(not part for part in key.split(".")):
+            problems.append(f"command line: '{item}' is no override; write KEY=VALUE, such as train.epochs=1")
+            continue
+        try:
+            value = yaml12.scalar(text)
+        except InputError as error:
+            problems.append(f"command line: {key}: {error}")
+            continue
+        *groups, last = key.split(".")
+        at = raw
+        for group in groups:
+            inner = at.get(group)
+            at[group] = dict(inner) if isinstance(inner, dict) else {}
+            at = at[group]
+        at[last] = value
+        if key == "tune.method" and isinstance(raw["tune"], dict):
+            # options beside the old method mean nothing to the new one, unless given on this command line too
+            given = {k.split(".")[1] for k in keys if k.startswith("tune.")}
+            raw["tune"] = {k: v for k, v in raw["tune"].items() if k == "method" or k in given}
+        keys.append(key)
+    if problems:
+        raise InputError(listing(problems))
+    return raw, keys
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `base` in which `over` replaces, group by group."""
+    out = {k: _merged(v, {}) if isinstance(v, dict) else v for k, v in base.items()}
+    for key, value in over.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str], str]) -> str:
+    """One pydantic error as a line for people."""
+    given = raw
+    parts: list[str] = []  # the location without the names that pydantic adds for members of a union
+    for part in error["loc"]:
+        inside = (isinstance(given, dict) and part in given) or (isinstance(given, list) and isinstance(part, int))
+        if inside:
+            given = given[part] if not isinstance(given, list) or part < len(given) else None
+            parts.append(str(part))
+        elif error["type"] == "missing":
+            parts.append(str(part))
+    key = ".".join(parts)
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        known = [k for k, _ in _fields(schema, parts[:-1])]
+        return f"{where(key)}: {key}: unknown key{nearest(parts[-1], known)}"
+    if kind == "missing":
+        return f"{where(key)}: {key}: this key is required and missing"
+    message = {
+        "int_type": "a whole number is needed", "float_type": "a number is needed", "string_type": "a text is needed",
+        "bool_type": "true or false is needed", "list_type": "a list is needed", "dict_type": "a mapping is needed",
+        "model_type": "a group of keys is needed", "int_from_float": "a whole number is needed",
+        "finite_number": "a finite number is needed",
+    }.get(kind, message[0].lower() + message[1:])
+    return f"{where(key)}: {key}: {message}, not {_quoted(given)}"
+
+
+def _quoted(value: Any) -> str:
+    text = f"'{value}'" if isinstance(value, str) else "null" if value is None else str(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def _cross_checks(values: Schema, where: Callable[[str], str]) -> list[str]:
+    """What no single key can know."""
+    problems = []
+    stop = values.early_stopping
+    if stop and values.data.validation is None:
+        problems.append(f"{where('early_stopping')}: early_stopping: needs data.validation: a file, or a fraction such as 0.1")
+    if stop and stop.monitor != "loss" and values.evaluate.metrics and stop.monitor not in values.evaluate.metrics:
+        hint = nearest(stop.monitor, [*values.evaluate.metrics, "loss"])
+        problems.append(f"{where('early_stopping.monitor')}: early_stopping.monitor: not among evaluate.metrics{hint}")
+    if values.data.labels and len(set(values.data.labels)) < len(values.data.labels):
+        problems.append(f"{where('data.labels')}: data.labels: a label stands there twice")
+    return problems
+
+
+def _fields(schema: type[BaseModel], path: list[str]) -> list[tuple[str, Any]]:
+    """The keys of the group at `path`."""
+    for part in path:
+        if part.isdigit():
+            continue
+        field = next((f for n, f in schema.model_fields.items() if part in (n, f.alias)), None)
+        schema = _group_of(field.annotation) if field else Group
+    return [(field.alias or name, field) for name, field in schema.model_fields.items()]
+
+
+def _group_of(annotation: Any) -> type[BaseModel]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = [_group_of(a) for a in typing.get_args(annotation)]
+    return next((g for g in inner if g is not Group), Group)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(by_alias=True)
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be read."""
+    for base in (Path.cwd(), find.PROJECT):
+        if path.resolve().is_relative_to(base):
+            return str(path.resolve().relative_to(base))
+    return str(path)
+
+
+# -- describe ---------------------------------------------------------------------------------------------------------
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key, in the recipe's order, options of all methods included."""
+    rows: list[tuple[str, str, str, str]] = []
+    for key, field in _fields(Schema, []):
+        group = _group_of(field.annotation)
+        if group is Group:
+            rows.append((key, _type(field), _default(field), field.description or ""))
+            continue
+        prefix = f"{key}[]" if key == "swap" else key
+        rows += [(f"{prefix}.{k}", _type(f), _default(f), f.description or "") for k, f in _fields(group, [])]
+        if key == "tune":
+            for name in find.names("tune"):
+                options = find.module("tune", name, "describe").Options
+                rows += [
+                    (f"tune.{k}", _type(f), _default(f), f"({name}) {f.description or ''}")
+                    for k, f in _fields(options, [])
+                    if k != "method"
+                ]
+    return rows
+
+
+def _type(field: Any) -> str:
+    said = [m for m in field.metadata if isinstance(m, str)]
+    return said[0] if said else _type_name(field.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return next((m for m in args[1:] if isinstance(m, str)), _type_name(args[0]))
+    if origin is typing.Literal:
+        return " | ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in args if a is not types.NoneType)
+    if origin is list:
+        return f"list of {_type_name(args[0])}"
+    plain = {str: "text", int: "whole number", float: "number", bool: "true | false", dict: "mapping"}
+    return plain.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined or value is None:
+        return "none"
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,182 @@
+"""report.html: one self-contained page about a run, made from the run folder alone. And plots/*.png."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from engine.watch import read_log
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+INK, SOFT, BLUE, ORANGE, GREEN = "#1d2733", "#9aa7b4", "#2563a8", "#d9730d", "#2e7d4f"
+MISTAKES = 15
+matplotlib.rcParams.update({
+    "font.size": 9.5, "font.family": ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei"], "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": SOFT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6eaee",
+    "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 140,
+})  # fmt: skip
+matplotlib.set_loglevel("error")  # a font that is absent is no news
+
+
+def write(folder: Path) -> Path:
+    """Write plots/*.png and report.html into the run folder; returns the page's path."""
+    log = read_log(folder / "log.jsonl")
+    results = json.loads((folder / "metrics.json").read_text("utf-8"))
+    environment = json.loads((folder / "environment.json").read_text("utf-8"))
+    by_event: dict[str, list[dict[str, Any]]] = {}
+    for record in log:
+        by_event.setdefault(record["event"], []).append(record)
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    figures = {"loss": _loss(by_event, results["best_step"])}
+    if len(by_event.get("evaluation", [])) > 0:
+        figures["metrics"] = _metrics(by_event["evaluation"], results["best_step"])
+    figures["schedule"] = _schedule(by_event.get("step", []))
+    final = "test" if "test" in results else "validation" if "validation" in results else None
+    rows = _predictions(folder, final)
+    if final:
+        figures["confusion"] = _confusion(results["detail"][final])
+        figures["confidence"] = _confidence(rows)
+    images = {}
+    for name, figure in figures.items():
+        figure.savefig(plots / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        images[name] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    wrong = sorted((r for r in rows if r["label"] != r["prediction"]), key=lambda r: -r["loss"])
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text("utf-8")).render(
+        folder=folder.name, recipe_text=(folder / "recipe.yaml").read_text("utf-8"), recipe=_recipe(folder), results=results,
+        environment=environment, final=final, images=images, rows=len(rows), wrong=len(wrong), mistakes=[_mistake(r) for r in wrong[:MISTAKES]],
+        data=by_event["data"][0]["splits"], model=by_event["model"][0], plan=by_event["plan"][0],
+        notes=[n["note"] for n in by_event.get("note", [])], seconds=by_event.get("finished", [{}])[-1].get("seconds"),
+        headline=list(results["intervals"].get(final, {})) if final else [], skipped=by_event.get("skipped", []),
+        command=" ".join(environment["command"]), resumed=by_event.get("resumed", []),
+    )  # fmt: skip
+    path = folder / "report.html"
+    path.write_text(page, "utf-8")
+    return path
+
+
+def _recipe(folder: Path) -> Any:
+    from engine.yaml12 import parse
+
+    return parse((folder / "recipe.yaml").read_text("utf-8"), "recipe.yaml")[0]
+
+
+def _predictions(folder: Path, split: str | None) -> list[dict[str, Any]]:
+    if split is None:
+        return []
+    return [json.loads(line) for line in (folder / "predictions" / f"{split}.jsonl").read_text("utf-8").split("\n") if line]
+
+
+def _mistake(row: dict[str, Any]) -> dict[str, Any]:
+    """A wrong prediction as the page shows it: its texts, what was expected, how sure the model was."""
+    hidden = {"label", "prediction", "probabilities", "loss"}
+    texts = {k: v for k, v in row.items() if k not in hidden and isinstance(v, str) and len(v) > 12}
+    other = {k: v for k, v in row.items() if k not in hidden and k not in texts}
+    return {"texts": texts or other, "label": row["label"], "prediction": row["prediction"], "sure": row["probabilities"][row["prediction"]],
+            "other": other if texts else {}}  # fmt: skip
+
+
+def _axes(title: str, width: float = 6.4, height: float = 2.9) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+    return figure, axes
+
+
+def _mark_best(axes: Any, step: int) -> None:
+    axes.axvline(step, color=GREEN, linewidth=1.2, linestyle=(0, (4, 3)))
+    low, high = axes.get_xlim()
+    right = step > (low + high) / 2
+    axes.annotate(f"best: step {step} ", (step, 1.0), xycoords=("data", "axes fraction"), ha="right" if right else "left", va="top", color=GREEN,
+                  xytext=(-3 if right else 4, -2), textcoords="offset points", fontsize=8.5)  # fmt: skip
+
+
+def _loss(events: dict[str, list[dict[str, Any]]], best: int) -> Figure:
+    figure, axes = _axes("Loss")
+    points = [(r["step"], r["loss"]) for r in events.get("step", []) if r["loss"] is not None]
+    if points:
+        steps, losses = zip(*points, strict=True)
+        smooth, average, weight = [], 0.0, 0.0
+        for loss in losses:  # exponential moving average without the start's bias
+            average, weight = 0.92 * average + 0.08 * loss, 0.92 * weight + 0.08
+            smooth.append(average / weight)
+        axes.plot(steps, losses, color=BLUE, alpha=0.22, linewidth=0.8)
+        axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="train (smoothed)")
+    evaluations = events.get("evaluation", [])
+    if evaluations:
+        axes.plot([r["step"] for r in evaluations], [r["loss"] for r in evaluations], color=ORANGE, marker="o", markersize=4, label="validation")
+        _mark_best(axes, best)
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower left")
+    return figure
+
+
+def _metrics(evaluations: list[dict[str, Any]], best: int) -> Figure:
+    figure, axes = _axes("Validation metrics")
+    names = [k for k, v in evaluations[0].items() if k not in ("event", "step", "epoch", "best", "loss", "time")]
+    for name, color, style in zip(names, (BLUE, ORANGE, INK, SOFT, GREEN, "#8e44ad"), ("-", "--", "-.", ":", "-", "--"), strict=False):
+        values = [r[name] for r in evaluations]
+        axes.plot([r["step"] for r in evaluations], values, color=color, linestyle=style, marker="o", markersize=4, label=name)
+    _mark_best(axes, best)
+    axes.set_xlabel("step")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _schedule(steps: list[dict[str, Any]]) -> Figure:
+    figure, axes = _axes("Learning rate and gradient norm")
+    axes.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps], color=BLUE, label="learning rate")
+    axes.set_xlabel("step")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    twin = axes.twinx()
+    twin.grid(False)
+    twin.plot([r["step"] for r in steps], [r["grad_norm"] for r in steps], color=ORANGE, alpha=0.55, linewidth=0.9, label="gradient norm")
+    lines = [*axes.get_lines(), *twin.get_lines()]
+    axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
+    return figure
+
+
+def _confusion(detail: dict[str, Any]) -> Figure:
+    labels, counts = detail["labels"], detail["confusion_matrix"]
+    size = 2.2 + 0.55 * len(labels)
+    figure, axes = _axes("Confusion matrix", min(9.0, size + 1), min(8.0, size))
+    axes.grid(False)
+    shares = [[n / max(1, sum(row)) for n in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(labels) <= 20:
+        for i, row in enumerate(counts):
+            for j, n in enumerate(row):
+                axes.text(j, i, f"{n}\n{shares[i][j]:.0%}", ha="center", va="center", fontsize=8.5, color="white" if shares[i][j] > 0.55 else INK)
+    axes.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 3 else 0, ha="right" if len(labels) > 3 else "center")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("truth")
+    return figure
+
+
+def _confidence(rows: list[dict[str, Any]]) -> Figure:
+    """Is a prediction that is 90 % sure right in 90 % of the cases?"""
+    figure, axes = _axes("Confidence against accuracy", 4.2, 3.2)
+    sure = [r["probabilities"][r["prediction"]] for r in rows]
+    right = [r["label"] == r["prediction"] for r in rows]
+    low = 1 / max(2, len(rows[0]["probabilities"]))
+    edges = [low + (1 - low) * i / 8 for i in range(9)]
+    axes.plot([low, 1], [low, 1], color=SOFT, linewidth=1, linestyle="--", label="perfectly calibrated")
+    for a, b in zip(edges, edges[1:], strict=False):
+        members = [i for i, s in enumerate(sure) if a <= s < b or (b == 1 and s >= 1)]
+        if members:
+            x, y = sum(sure[i] for i in members) / len(members), sum(right[i] for i in members) / len(members)
+            axes.scatter([x], [y], s=18 + 300 * len(members) / len(rows), color=BLUE, alpha=0.75, linewidths=0)
+    axes.set_xlabel("confidence (area: rows)")
+    axes.set_ylabel("share right")
+    axes.set_ylim(-0.03, 1.08)
+    axes.legend(loc="lower right")
+    return figure

@@ -1,0 +1,199 @@
+"""The run folder: made when a run begins, opened again when someone uses it.
+
+    recipe.yaml  environment.json  log.jsonl  metrics.json  predictions/  checkpoints/  model/  adapter/  layers/
+    report.html  plots/
+
+`layers/` holds a copy of the source of every custom layer. Opening a run rebuilds them, which runs that code; so it is
+run only when it is, byte for byte, the file that the recipe names on this machine, or with --allow-code.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import find, yaml12
+from engine.errors import InputError
+from engine.recipe import Recipe, load
+
+
+def create(recipe: Recipe, out: str | None) -> Path:
+    """A new run folder: `out`, or runs/RECIPE/STAMP with runs/RECIPE/latest pointing at it."""
+    if out:
+        folder = Path(out)
+        check_free(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    parent = Path("runs") / recipe.name
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        folder = parent / (stamp + suffix)
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    link, temporary = parent / "latest", parent / f".latest.{os.getpid()}"
+    temporary.symlink_to(folder.name)
+    temporary.replace(link)
+    return folder
+
+
+def check_free(out: str) -> None:
+    """`out` must be no file and hold nothing."""
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--out {out}: it exists and is not empty; name another folder, or go on with --resume")
+
+
+def locate(run: str) -> Path:
+    """The folder of a finished or stopped run."""
+    folder = Path(run)
+    if not folder.exists() and (Path("runs") / run).exists():
+        folder = Path("runs") / run
+    if not (folder / "recipe.yaml").exists() and (folder / "latest" / "recipe.yaml").exists():
+        folder = folder / "latest"
+    if not (folder / "recipe.yaml").exists():
+        known = [str(p.parent) for p in Path("runs").glob("*/*/recipe.yaml")]
+        raise InputError(f"{run}: no run folder (no recipe.yaml in it){'; there are: ' + ', '.join(sorted(known)[-3:]) if known else ''}")
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
+    """recipe.yaml, environment.json, and the source of custom layers."""
+    (folder / "recipe.yaml").write_text(yaml12.dump(recipe.resolved()), "utf-8")
+    write_json(folder / "environment.json", environment)
+    table = []
+    for rule in recipe.swap:
+        source = _source(rule.with_, recipe)
+        copy = folder / "layers" / source.name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, copy)
+        table.append({"at": rule.at, "with": rule.with_, "file": source.name, "sha256": _sha256(source)})
+    if table:
+        write_json(folder / "layers" / "swap.json", table)
+
+
+def environment(device: str, sources: dict[str, str], model: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What a second run would need to be the same."""
+    import importlib.metadata as metadata
+
+    import torch
+
+    packages = ("torch", "transformers", "tokenizers", "datasets", "scikit-learn", "numpy", "safetensors")
+    versions = {name: metadata.version(name) for name in packages}
+    return {
+        "python": platform.python_version(), "platform": platform.platform(), "versions": versions, "device": device,
+        "threads": torch.get_num_threads(), "seed": seed, "data_sha256": sources, "model": model,
+        "git_commit": _git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(find.PROJECT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _source(spec: str, recipe: Recipe) -> Path:
+    """The file that defines a custom layer."""
+    source = spec.rpartition(":")[0]
+    if source.endswith(".py"):
+        found = find.locate(source, (recipe.path.parent,))
+    else:
+        origin = getattr(sys.modules.get(source), "__file__", None)
+        found = Path(origin) if origin else None
+    if found is None:
+        raise InputError(f"swap: no source file for {spec}")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass
+class Run:
+    """A run, ready to be used."""
+
+    folder: Path
+    recipe: Recipe
+    task: Any
+    model: Any
+    tokenizer: Any
+    metrics: dict[str, Any]
+
+
+def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool = False) -> Run:
+    """Load the model of a finished run, its task and its recipe (with `overrides`, such as other columns)."""
+    import torch
+    import transformers
+
+    folder = locate(run)
+    recipe = load(str(folder / "recipe.yaml"), overrides)
+    if not (folder / "model" / "config.json").exists():
+        raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
+    task_class = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
+    auto = getattr(transformers, task_class.auto_class)
+    options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+    if recipe.swap:
+        model = _rebuild(folder, recipe, auto, allow_code)
+    else:
+        model = auto.from_pretrained(folder / "model", **options)
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    task = task_class(recipe.data.columns, labels)
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8")) if (folder / "metrics.json").exists() else {}
+    return Run(folder, recipe, task, model.eval(), tokenizer, metrics)
+
+
+def _rebuild(folder: Path, recipe: Recipe, auto: Any, allow_code: bool) -> Any:
+    """A model with custom layers: the plain architecture, the swap table put in again, then the weights."""
+    import transformers
+    from safetensors.torch import load_file
+
+    from engine import swap
+
+    table = json.loads((folder / "layers" / "swap.json").read_text("utf-8"))
+    if [(r["at"], r["with"]) for r in table] != [(r.at, r.with_) for r in recipe.swap]:
+        raise InputError(f"{folder}: the recipe's swap table is not the one that this run was trained with")
+    rules = []
+    for entry, rule in zip(table, recipe.swap, strict=True):
+        copy = folder / "layers" / Path(entry["file"]).name
+        if _sha256(copy) != entry["sha256"]:
+            raise InputError(f"{copy}: its sha256 is not the one noted at training; the file was changed")
+        source, _, name = rule.with_.rpartition(":")
+        own = find.locate(source, (recipe.path.parent,)) if source.endswith(".py") else None
+        if not allow_code and (own is None or _sha256(own) != entry["sha256"]):
+            raise InputError(
+                f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...)."
+                " Read it first; then add --allow-code."
+            )
+        rules.append(rule.model_copy(update={"with_": f"{copy}:{name}"}))
+    config = transformers.AutoConfig.from_pretrained(folder / "model", local_files_only=True)
+    model = auto.from_config(config)
+    swap.apply_rules(model, rules, recipe.where)
+    state = load_file(folder / "model" / "model.safetensors")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if unexpected or set(missing) - tied:
+        raise InputError(f"{folder}: model/ does not fit its swap table: {(list(missing) + list(unexpected))[:3]}")
+    return model

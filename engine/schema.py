@@ -1,0 +1,169 @@
+"""Every key of a recipe: its type, default and meaning, once.
+
+The same declarations check a recipe, write its resolved form into the run folder and print `describe`. The groups are
+the stages of a run, in order. A tuning method adds the options that stand beside `tune.method` in its own file
+(engine/tune/NAME.py, class Options).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Group(BaseModel):
+    """A group of keys: unknown keys and wrong types are errors, nothing is coerced, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _validation(value: Any) -> Any:
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        if not 0 < value < 1:
+            raise ValueError("a fraction of train lies between 0 and 1, such as 0.1")
+        return float(value)
+    return _one_or_many(value)
+
+
+def _rhythm(value: Any) -> Any:
+    if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("write `epoch` or a number of steps")
+
+
+def _tokens(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("write `auto` or a number of tokens")
+
+
+def _warmup(value: Any) -> Any:
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    if number and (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
+        return value
+    raise ValueError("write a fraction of all steps from 0 to 1, or a whole number of steps")
+
+
+Files = Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=1), "file, list of files, or hub:OWNER/NAME[/CONFIG]#SPLIT"]
+Patterns = Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=1), "path pattern or list of them"]
+Rhythm = Annotated[int | str, BeforeValidator(_rhythm), "epoch or a number of steps"]
+
+
+class Model(Group):
+    """Where the weights come from."""
+
+    name: str = Field(description="A folder, or a model's name on the hub (owner/name).")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model; pin a commit to be exact.")
+    offline: bool = Field(False, description="Never ask the hub: a folder, the hub's cache or the embedded default only.")
+
+
+class Data(Group):
+    """What is read, and how rows become model input."""
+
+    train: Files = Field(description="The rows to learn from.")
+    validation: Annotated[list[str] | float | None, BeforeValidator(_validation), "files, or a fraction of train"] = Field(
+        None, description="The rows that choose the best step; a number takes that fraction of train."
+    )
+    test: Files | None = Field(None, description="The rows of the final score; never looked at before the end.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="What the task reads -> the column that holds it, such as {text: review}."
+    )
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt"] | None = Field(
+        None, description="The files' format; by default their ending tells."
+    )
+    names: list[str] | None = Field(None, description="Column names for csv / tsv files that have no header row.")
+    quoting: Literal["auto", "csv", "none"] = Field(
+        "auto", description='Quotes in csv / tsv: "csv" reads them, "none" keeps them; auto is csv for .csv, none for .tsv.'
+    )
+    labels: list[str] | None = Field(None, description="The labels in their order; by default train's, sorted.")
+    bad_rows: Literal["error", "drop"] = Field(
+        "error", description="A row without text or with an unknown label: stop and name it, or drop and count it."
+    )
+    train_limit: int | None = Field(None, gt=0, description="Use only the first N rows of train.")
+    max_length: int = Field(128, ge=4, description="Tokens an example may have; longer ones are cut, counted and reported.")
+    cache: str = Field("runs/.cache", description="Folder of tokenised data, reused across runs by content hash.")
+
+
+class SwapRule(Group):
+    """One replacement: every module that `at` matches is built anew by `with`."""
+
+    at: Patterns = Field(description="Path patterns: * one segment, ** any number, {a,b} either, [0-3] a range.")
+    with_: str = Field(alias="with", description="The layer: file.py:Class or package.module:Class.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Passed to the class, or to its from_old.")
+    weights: Literal["keep", "fresh"] = Field("keep", description="Carry over tensors that fit by name and shape, or none.")
+    expect: int | None = Field(None, ge=1, description="How many modules must match; anything else is an error.")
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Tune(Group):
+    """What trains. Each method adds its own options here."""
+
+    method: str = Field("full", description="full, last_n, bitfit, lora, ... (the files in engine/tune/).")
+
+
+class Train(Group):
+    """The loop."""
+
+    epochs: int = Field(3, ge=1, description="Passes over train.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs.")
+    batch_size: int = Field(32, ge=1, description="Examples in one optimizer step; micro-batches split it exactly.")
+    micro_batch_tokens: Annotated[int | str, BeforeValidator(_tokens), "number of tokens, or auto"] = Field(
+        "auto", description="Padded tokens in one forward pass: the memory knob, it never changes the result."
+    )
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's term against division by zero.")
+    warmup: Annotated[float | int, BeforeValidator(_warmup), "fraction of all steps, or a number of steps"] = Field(
+        0.06, description="Linear rise of the learning rate."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="The way down after warm-up.")
+    clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null for none.")
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="Autocast type; auto is bfloat16 where the device computes it, else float32."
+    )
+    max_skipped: int = Field(3, ge=0, description="Steps with non-finite gradients to skip in a row before stopping.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+
+
+class Evaluate(Group):
+    """How a model is judged."""
+
+    every: Rhythm = Field("epoch", description="When to score the validation split.")
+    metrics: list[str] | None = Field(None, min_length=1, description="Headline metrics by scikit-learn's names; the task has defaults.")
+    bootstrap: int = Field(1000, ge=0, description="Resamples behind each 95 % interval; 0 for none.")
+
+
+class EarlyStopping(Group):
+    """Keep and restore the best weights; stop when they get no better."""
+
+    monitor: str = Field(description="A headline metric, or loss.")
+    patience: int | None = Field(None, ge=1, description="Evaluations without gain before stopping; null never stops.")
+    min_delta: float = Field(0.0, ge=0, description="The least change that counts as a gain.")
+
+
+class Checkpoint(Group):
+    """What is kept so that a run can go on."""
+
+    every: Rhythm = Field("epoch", description="When to save.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints to keep, besides the best weights.")
+
+
+class Schema(Group):
+    """One fine-tuning run."""
+
+    task: str = Field(description="classification, ... (the files in engine/tasks/).")
+    seed: int = Field(13, ge=0, description="Decides data order, fresh weights and dropout.")
+    model: Model
+    data: Data
+    swap: list[SwapRule] = Field(default_factory=list, description="Custom layers put into the pretrained model.")
+    tune: Tune = Field(default_factory=Tune)
+    train: Train = Field(default_factory=Train)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    early_stopping: EarlyStopping | None = None
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    offline: dict[str, Any] = Field(default_factory=dict, description="Keys that replace the others under --offline.")

@@ -1,0 +1,213 @@
+"""Replace modules of a pretrained model, by path.
+
+    swap(model, ["**.attention.self.{query,value}"], lambda old, path: LoRALinear(old, r=8))
+
+Patterns run over the paths of `named_modules()`: `*` is one segment, `**` any number, `{a,b}` either, `[0-3]` a range.
+LoRA, adapters and a user's own layer all go in this way, and meet the same checks: every pattern matches something;
+all layers are built before any is put in, so a failure leaves the model whole; tied weights are not untied by accident;
+device, dtype and mode stay; what was kept, what is fresh and what was dropped is told.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import translate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.errors import InputError, nearest
+from engine.find import load_class
+
+Build = Callable[[nn.Module, str], nn.Module]
+
+
+@dataclass
+class Swapped:
+    """One replacement: paths of the tensors carried over, fresh, and dropped with the old module."""
+
+    path: str
+    old: str
+    new: str
+    kept: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def expand(pattern: str) -> list[str]:
+    """`a.{b,c}.d` -> [`a.b.d`, `a.c.d`]."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    return [p for choice in match[1].split(",") for p in expand(pattern[: match.start()] + choice.strip() + pattern[match.end() :])]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = []
+    for segment in pattern.split("."):
+        if segment == "**":
+            parts.append(r"(?:[^.]+\.)*")
+        else:
+            parts.append(translate(segment).removeprefix("(?s:").removesuffix(r")\Z").removesuffix(r")\z").replace(".*", "[^.]*") + r"\.")
+    return re.compile("".join(parts))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `path` fits `pattern`."""
+    return any(_regex(p).fullmatch(path + ".") for p in expand(pattern))
+
+
+def find(model: nn.Module, patterns: list[str], where: str = "swap.at") -> list[str]:
+    """The paths that the patterns match, in the model's order; a pattern that matches nothing is an error."""
+    paths = [path for path, _ in model.named_modules() if path]
+    found: set[str] = set()
+    for pattern in patterns:
+        regexes = [_regex(p) for p in expand(pattern)]
+        hits = {path for path in paths if any(r.fullmatch(path + ".") for r in regexes)}
+        if not hits:
+            raise InputError(f"{where}: '{pattern}' matches no module of this model{_nearest_paths(pattern, paths)}")
+        found |= hits
+    return [path for path in paths if path in found]
+
+
+def _nearest_paths(pattern: str, paths: list[str]) -> str:
+    """The three real paths nearest to a pattern, layers collapsed: encoder.layer.*.attention."""
+    general = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", p) for p in paths})
+    near: list[str] = []
+    for one in expand(pattern):
+        tail = one.replace("**.", "").rpartition(".")[2]
+        ends = {p.rpartition(".")[2] for p in general}
+        for leaf in get_close_matches(tail, sorted(ends), n=2, cutoff=0.5):
+            near += [p for p in general if p.endswith("." + leaf) or p == leaf][:2]
+        near += get_close_matches(one.replace("**.", ""), general, n=2, cutoff=0.4)
+    near = list(dict.fromkeys(near))[:3]
+    return f"; nearest are: {', '.join(near)} (`layers RECIPE` lists all)" if near else " (`layers RECIPE` lists all)"
+
+
+def swap(model: nn.Module, patterns: list[str], build: Build, *, where: str = "swap.at", weights: str = "own",
+         expect: int | None = None) -> list[Swapped]:
+    """Replace every module that the patterns match by build(old, path); returns what was done, in the model's order.
+
+    `weights`: "own" leaves the new module's tensors as `build` made them; "keep" then copies over each tensor of the
+    old module that fits by name and shape. `expect`: how many modules must match.
+    """
+    paths = find(model, patterns, where)
+    if expect is not None and len(paths) != expect:
+        raise InputError(f"{where}: {len(paths)} modules match where {expect} are expected: {', '.join(paths[:4])} ...")
+    for outer in paths:
+        inner = next((p for p in paths if p.startswith(outer + ".")), None)
+        if inner:
+            raise InputError(f"{where}: {inner} lies inside {outer}, and both match; narrow the pattern")
+    modules = dict(model.named_modules())
+    built = [(path, modules[path], _built(build, modules[path], path, where)) for path in paths]
+    _refuse_untying(model, built, where)
+    done = []
+    for path, old, new in built:
+        like = next((p for p in old.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            new.to(device=like.device, dtype=like.dtype)
+        new.train(old.training)
+        done.append(_account(path, old, new, weights))
+        parent, _, leaf = path.rpartition(".")
+        setattr(modules[parent] if parent else model, leaf, new)
+    return done
+
+
+def _built(build: Build, old: nn.Module, path: str, where: str) -> nn.Module:
+    try:
+        new = build(old, path)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{where}: building the layer for {path} ({_short(old)}) failed: {type(error).__name__}: {error}") from error
+    if not isinstance(new, nn.Module):
+        raise InputError(f"{where}: {path}: a {type(new).__name__} was built, which is no torch.nn.Module")
+    return new
+
+
+def _refuse_untying(model: nn.Module, built: list[tuple[str, nn.Module, nn.Module]], where: str) -> None:
+    """A parameter that is used in two places must not be replaced in one of them."""
+    homes: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(parameter), []).append(name)
+    for path, old, new in built:
+        staying = {id(p) for p in new.parameters()}
+        for parameter in old.parameters():
+            elsewhere = [h for h in homes[id(parameter)] if not h.startswith(path + ".")]
+            if elsewhere and id(parameter) not in staying:
+                raise InputError(
+                    f"{where}: {path} shares its weight with {elsewhere[0]}; swapping one alone would untie them."
+                    " Match both places, or keep the old parameter in the new layer."
+                )
+
+
+def _account(path: str, old: nn.Module, new: nn.Module, weights: str) -> Swapped:
+    before = old.state_dict(keep_vars=True)
+    after = new.state_dict(keep_vars=True)
+    same = {id(t) for t in before.values()}
+    kept = [name for name, t in after.items() if id(t) in same]
+    if weights == "keep":
+        for name, tensor in after.items():
+            if name not in kept and name in before and before[name].shape == tensor.shape:
+                with torch.no_grad():
+                    tensor.copy_(before[name])
+                kept.append(name)
+    used = {id(after[name]) for name in kept}
+    dropped = [name for name, t in before.items() if name not in kept and id(t) not in used]
+    return Swapped(path, _short(old), _short(new), kept, [n for n in after if n not in kept], dropped)
+
+
+def _short(module: nn.Module) -> str:
+    shape = next((tuple(p.shape) for p in module.parameters()), None)
+    return f"{type(module).__name__}{list(shape) if shape else ''}"
+
+
+# -- a recipe's own layers --------------------------------------------------------------------------------------------
+
+FROM_OLD = {  # constructor argument -> where the old module has it
+    "in_features": "in_features", "out_features": "out_features", "normalized_shape": "normalized_shape",
+    "num_embeddings": "num_embeddings", "embedding_dim": "embedding_dim", "hidden_size": "hidden_size", "eps": "eps",
+}
+
+
+def apply_rules(model: nn.Module, rules: list[Any], where: Callable[[str], str], folders: tuple[Path, ...] = ()) -> list[Swapped]:
+    """Put a recipe's `swap:` entries into the model, in order."""
+    done = []
+    for i, rule in enumerate(rules):
+        key = f"{where(f'swap.{i}')}: swap.{i}"
+        layer = load_class(rule.with_, f"{key}.with", folders)
+        if not issubclass(layer, nn.Module):
+            raise InputError(f"{key}.with: {rule.with_} is no torch.nn.Module; derive the class from it")
+        build = _builder(layer, rule.options, key)
+        done += swap(model, rule.at, build, where=f"{key}.at", weights="keep" if rule.weights == "keep" else "own", expect=rule.expect)
+    return done
+
+
+def _builder(layer: type, options: dict[str, Any], key: str) -> Build:
+    """from_old(old, **options) where the class has it; else the constructor, sizes filled in from the old module."""
+    if hasattr(layer, "from_old"):
+        maker = layer.from_old
+        fixed = lambda old: {}
+        bound = list(inspect.signature(maker).parameters)[1:]
+    else:
+        maker = layer
+        bound = list(inspect.signature(layer).parameters)
+
+        def fixed(old: nn.Module) -> dict[str, Any]:
+            return {n: getattr(old, FROM_OLD[n]) for n in bound if n in FROM_OLD and n not in options and hasattr(old, FROM_OLD[n])}
+
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(maker).parameters.values())
+    for name in options:
+        if name not in bound and not takes_any:
+            raise InputError(f"{key}.options.{name}: {layer.__name__} takes no '{name}'{nearest(name, bound)}")
+
+    def build(old: nn.Module, path: str) -> nn.Module:
+        made = maker(old, **options) if hasattr(layer, "from_old") else maker(**fixed(old), **options)
+        assert isinstance(made, nn.Module)
+        return made
+
+    return build

@@ -1,0 +1,178 @@
+"""The training loop. Read it from top to bottom: nothing is hidden behind it.
+
+The story. Fine-tuning repeats one *step* until the model is good: show it some examples, measure how wrong it is, and
+move every weight a little in the direction that makes it less wrong.
+
+    window         what one step sees: `batch_size` examples, in an order that depends on (seed, epoch) alone
+    micro-batch    the part of a window that goes through the model at once; only memory decides its size
+    items          what the loss is a mean over: examples, or labelled tokens
+    step           forward and backward over all micro-batches of a window, then one move of the optimizer
+    epoch          all windows once
+
+Exactness. A mean of the micro-batches' means is not the mean of the window as soon as they differ in size. So a task's
+loss is a SUM over its items, and each part is divided by the items of the whole window, counted before the first
+forward pass. The gradient is then that of one big batch, however the window is cut and on however many processes.
+
+Going on. Order, learning rate and randomness are pure functions of the place (epoch, window, step, micro-batch), so a
+run is resumed by starting further in: `Progress`, the weights, the optimizer and the scaler are its whole state.
+
+Who decides. Everything that steers a run (the learning rate, skipping, stopping, saving) is a line of this file.
+`evaluate`, `save` and `write` do as they are told; nothing that watches can interfere.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from engine import distributed, seeds
+from engine.errors import RunError
+
+
+@dataclass
+class Progress:
+    """Where a run is. With the weights, the optimizer and the scaler it is all it takes to go on."""
+
+    epoch: int = 0
+    window: int = 0  # of this epoch, done
+    step: int = 0
+    items: int = 0
+    loss_sum: float = 0.0  # over all items so far, for the mean training loss
+    skipped: int = 0  # steps left out because numbers were not finite
+    skipped_in_row: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations without gain
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    stopped: str = ""  # why: "finished", "early", "interrupted"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop itself needs to know; the recipe's groups `train`, `evaluate`, `early_stopping`, `checkpoint`."""
+
+    steps: int  # in all
+    seed: int
+    clip: float | None
+    max_skipped: int
+    evaluate_every: int | str | None  # a number of steps, "epoch", or None
+    save_every: int | str
+    monitor: str | None = None
+    lower_is_better: bool = False
+    patience: int | None = None
+    min_delta: float = 0.0
+
+
+def train(
+    model: nn.Module,
+    task: Any,  # task.loss(model, micro_batch) -> the SUM of the losses of its items
+    windows: Any,  # windows.epoch(n, skip) -> windows with .micro_batches, .items, .tokens
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,  # of float16; does nothing for the other types
+    schedule: Callable[[int], float],  # step -> factor of the learning rate
+    settings: Settings,
+    progress: Progress,
+    *,
+    device: torch.device,
+    autocast: Callable[[], Any],  # the context that computes in the recipe's precision
+    evaluate: Callable[[], dict[str, float]],
+    save: Callable[[str], None],  # "step": all it takes to go on; "best": the weights
+    write: Callable[[dict[str, Any]], None],
+    interrupted: Callable[[], bool],
+) -> Progress:
+    """Train until the epochs are over, patience has run out or someone interrupts; returns the progress."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+
+    while progress.step < settings.steps and not progress.stopped:
+        for window in windows.epoch(progress.epoch, skip=progress.window):
+            # 1. Gradients: the sum over all micro-batches, divided once by the items of the whole window.
+            items = distributed.total(window.items)
+            loss = torch.zeros((), device=device)
+            for i, micro_batch in enumerate(window.micro_batches):
+                seeds.seed_all(settings.seed, progress.step, i)  # dropout depends on the place alone
+                micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+                with autocast():
+                    part = task.loss(model, micro_batch) / items
+                scaler.scale(part).backward()
+                loss += part.detach()
+
+            # 2. Update, unless a number is not finite: then this window is left out, and said so.
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(progress.step)
+            scaler.unscale_(optimizer)  # clip the true gradients
+            norm = float(clip_grad_norm_(trainable, settings.clip or math.inf))
+            finite = math.isfinite(norm) and math.isfinite(float(loss))
+            if finite:
+                scaler.step(optimizer)
+            elif not math.isfinite(float(loss)) or scaler.get_scale() <= 1:  # else float16 only lowers its scale
+                progress.skipped += 1
+                progress.skipped_in_row += 1
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            progress.step += 1
+            progress.window += 1
+            if finite:
+                progress.skipped_in_row = 0
+                progress.items += int(items)
+                progress.loss_sum += float(loss) * items
+            write({
+                "event": "step" if finite else "skipped", "step": progress.step, "epoch": progress.epoch, "loss": float(loss),
+                "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"], "items": items, "tokens": window.tokens,
+            })  # fmt: skip
+            if progress.skipped_in_row > settings.max_skipped:
+                raise RunError(
+                    f"step {progress.step}: loss {float(loss)} and gradient norm {norm} are not finite, {progress.skipped_in_row} times"
+                    f" in a row, at learning rate {optimizer.param_groups[0]['lr']:.2e}. Cures: a lower train.learning_rate, more"
+                    " train.warmup, train.precision=float32 or bfloat16, or a look at the rows of these windows."
+                )
+
+            # 3. Decisions, all of them, in the open.
+            last = progress.step == settings.steps
+            end_of_epoch = progress.window == windows.per_epoch
+            best = False
+            if due(settings.evaluate_every, progress.step, end_of_epoch, last):
+                scores = evaluate()
+                best = judge(progress, settings, scores)
+                write({"event": "evaluation", "step": progress.step, "epoch": progress.epoch, "best": best, **scores})
+            if last:
+                progress.stopped = "finished"
+            elif settings.patience is not None and progress.stale >= settings.patience:
+                progress.stopped = "early"
+            elif interrupted():
+                progress.stopped = "interrupted"
+            if end_of_epoch:
+                progress.epoch, progress.window = progress.epoch + 1, 0
+            if best:
+                save("best")
+            if progress.stopped or due(settings.save_every, progress.step, end_of_epoch, last):
+                save("step")
+            if progress.stopped:
+                break
+    return progress
+
+
+def due(every: int | str | None, step: int, end_of_epoch: bool, last: bool) -> bool:
+    """Whether something that happens `every` epoch or number of steps happens after this step; always after the last."""
+    if every is None:
+        return False
+    return last or (end_of_epoch if every == "epoch" else step % int(every) == 0)
+
+
+def judge(progress: Progress, settings: Settings, scores: dict[str, float]) -> bool:
+    """Take note of an evaluation; True if it is the best so far. A metric that is not a number is never best."""
+    progress.evaluations.append({"step": progress.step, **scores})
+    if settings.monitor is None:
+        return False
+    value = scores[settings.monitor] * (-1 if settings.lower_is_better else 1)
+    gained = math.isfinite(value) and (progress.best is None or value > progress.best + settings.min_delta)
+    if gained:
+        progress.best, progress.best_step, progress.stale = value, progress.step, 0
+    else:
+        progress.stale += 1
+    return gained

@@ -1,0 +1,124 @@
+"""LoRA: identity at init, base untouched, merged = unmerged, and the peft package reads what is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeRecipe
+from safetensors.torch import load_file
+from torch import nn
+
+from engine import finetune
+from engine.errors import InputError
+from engine.tune import lora
+
+QUIET = {"say": lambda line: None}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    ids = torch.randint(5, 60, (6, 17))
+    mask = torch.ones_like(ids)
+    mask[2, 9:] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch()).logits
+
+
+def test_at_init_the_model_is_the_base_and_only_lora_and_head_train(recipe: MakeRecipe) -> None:
+    plain = finetune.prepare(recipe(), **QUIET).loaded.model
+    adapted = finetune.prepare(recipe("tune.method=lora"), **QUIET).loaded.model
+    assert torch.equal(logits(adapted), logits(plain))
+    training = {n for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(training) == 2 * 2 * 2 + 2
+    assert all(n.endswith(("lora_A", "lora_B")) or n.startswith("classifier.") for n in training)
+
+
+def test_the_base_is_bit_equal_after_training(recipe: MakeRecipe) -> None:
+    before = {n: p.clone() for n, p in finetune.prepare(recipe(), **QUIET).loaded.model.named_parameters()}
+    ready = finetune.prepare(recipe("tune.method=lora", "tune.r=3"), **QUIET)
+    saved: list[dict[str, torch.Tensor]] = []
+    keep = finetune.find.module("tune", "lora", "").save
+
+    def watch(model: nn.Module, *rest: object) -> None:
+        saved.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        keep(model, *rest)
+
+    module = finetune.find.module("tune", "lora", "")
+    module.save = watch
+    try:
+        finetune.finetune(ready.recipe, "r", **QUIET)
+    finally:
+        module.save = keep
+    trained = {n.replace(".base.", "."): p for n, p in saved[0].items()}
+    frozen = [n for n in before if not n.startswith("classifier.")]
+    assert len(frozen) > 30
+    assert all(torch.equal(trained[n], before[n]) for n in frozen)
+    assert all(p.abs().max() > 0 for n, p in trained.items() if n.endswith("lora_B"))
+
+
+def test_the_adapter_loads_in_peft_and_the_merged_model_computes_the_same(recipe: MakeRecipe, bert: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is a rival to compare with, not a dependency")
+    from transformers import AutoModelForSequenceClassification
+
+    finetune.finetune(recipe("tune={method: lora, r: 4, alpha: 6, dropout: 0.1, at: ['**.{query,key,value}', '**.dense']}"), "r", **QUIET)
+    merged = AutoModelForSequenceClassification.from_pretrained("r/model")
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    theirs = peft.PeftModel.from_pretrained(base, "r/adapter")
+    assert torch.allclose(logits(theirs), logits(merged), atol=1e-5)
+    assert not torch.allclose(logits(merged), logits(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)), atol=1e-2)
+    config = json.loads(Path("r/adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 6, ["classifier"])
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_merged_equals_unmerged_and_the_formula(kind: str) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    base = nn.Linear(5, 7) if kind == "Linear" else Conv1D(7, 5)
+    layer = lora.LoRALinear(base, r=3, alpha=6).double()
+    assert layer.lora_A.shape == (3, 5)
+    assert layer.lora_B.shape == (7, 3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    unmerged = layer(x)
+    weight = base.weight if kind == "Linear" else base.weight.T
+    formula = x @ (weight + (6 / 3) * layer.lora_B @ layer.lora_A).T + base.bias
+    assert torch.allclose(unmerged, formula, atol=1e-12)
+    assert torch.allclose(layer.merged()(x), unmerged, atol=1e-12)
+
+
+def test_targets_that_match_nothing_or_are_not_linear(recipe: MakeRecipe) -> None:
+    for at, said in (("'**.qurey'", "'\\*\\*.qurey' matches no module of this model; nearest are: .*query"), ("'**.LayerNorm'", "lora adapts linear layers")):
+        with pytest.raises(InputError, match=said) as error:
+            finetune.finetune(recipe(f"tune={{method: lora, at: [{at}]}}"), "r", **QUIET)
+        assert "tune.at" in str(error.value)
+        assert not Path("r").exists()
+
+
+def test_the_run_keeps_only_what_trains_in_its_checkpoints(recipe: MakeRecipe) -> None:
+    finetune.finetune(recipe("tune.method=lora"), "r", **QUIET)
+    newest = sorted(Path("r/checkpoints").glob("step-*"))[-1]
+    names = load_file(newest / "weights.safetensors").keys()
+    assert {n.rpartition(".")[2] for n in names if "classifier" not in n} <= {"lora_A", "lora_B", "position_ids", "token_type_ids"}
+
+
+def test_last_n_and_bitfit_freeze_the_rest(recipe: MakeRecipe) -> None:
+    def training(*options: str) -> set[str]:
+        model = finetune.prepare(recipe(*options), **QUIET).loaded.model
+        return {n for n, p in model.named_parameters() if p.requires_grad}
+
+    one = training("tune={method: last_n, n: 1}")
+    assert {n.split(".")[3] for n in one if "encoder" in n} == {"1"}
+    assert not any("embeddings" in n for n in one)
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= one
+    assert training("tune={method: last_n, n: 0}") == {"classifier.weight", "classifier.bias"}
+    bias = training("tune.method=bitfit")
+    assert all(n.endswith(".bias") or n.startswith("classifier.") for n in bias)
+    assert "bert.encoder.layer.0.attention.self.query.bias" in bias
+    with pytest.raises(InputError, match="3 is more than this model's 2 blocks"):
+        training("tune={method: last_n, n: 3}")

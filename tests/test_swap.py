@@ -1,0 +1,176 @@
+"""swap: patterns, checks and what it says; a recipe's own layer from file to prediction."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeRecipe
+from torch import nn
+
+from engine import finetune, swap
+from engine.errors import InputError
+
+QUIET = {"say": lambda line: None}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.layer = nn.ModuleList(Block() for _ in range(3))
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("layer.*.query", ["layer.0.query", "layer.1.query", "layer.2.query"]), ("**.query", ["layer.0.query", "layer.1.query", "layer.2.query"]),
+        ("layer.[01].{query,norm}", ["layer.0.query", "layer.0.norm", "layer.1.query", "layer.1.norm"]), ("out", ["out"]), ("**.out", ["out"]),
+        ("layer.2.*", ["layer.2.query", "layer.2.value", "layer.2.norm"]), ("*", ["embed", "layer", "out"]),
+    ],
+)  # fmt: skip
+def test_patterns(pattern: str, found: list[str]) -> None:
+    assert swap.find(Net(), [pattern]) == found
+
+
+def test_a_star_does_not_cross_a_dot() -> None:
+    with pytest.raises(InputError):
+        swap.find(Net(), ["*.query"])
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_even_beside_one_that_does() -> None:
+    with pytest.raises(InputError, match=r"'\*\*.qurey' matches no module.*nearest are: layer.\*.query"):
+        swap.find(Net(), ["**.value", "**.qurey"])
+
+
+def test_nothing_changes_when_one_layer_cannot_be_built() -> None:
+    net = Net()
+    before = list(net.layer)[0].query
+
+    def build(old: nn.Module, path: str) -> nn.Module:
+        if path == "layer.2.query":
+            raise ValueError("no")
+        return nn.Linear(4, 4)
+
+    with pytest.raises(InputError, match=r"building the layer for layer.2.query .* failed: ValueError: no"):
+        swap.swap(net, ["**.query"], build)
+    assert net.layer[0].query is before
+
+
+def test_modes_dtypes_and_accounts() -> None:
+    net = Net().double()
+    net.layer[1].eval()
+    done = swap.swap(net, ["**.query"], lambda old, path: nn.Linear(4, 4, bias=False), weights="keep")
+    assert [(s.path, s.kept, s.fresh, s.dropped) for s in done] == [(f"layer.{i}.query", ["weight"], [], ["bias"]) for i in range(3)]
+    assert [b.query.training for b in net.layer] == [True, False, True]
+    assert {b.query.weight.dtype for b in net.layer} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "build", "said"),
+    [
+        (["out"], lambda old, path: nn.Linear(4, 7), "shares its weight with embed.weight"),
+        (["layer.0", "**.query"], lambda old, path: nn.Identity(), "layer.0.query lies inside layer.0"),
+        (["**.query"], lambda old, path: "x", "which is no torch.nn.Module"),
+    ],
+)
+def test_refusals(patterns: list[str], build: swap.Build, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        swap.swap(Net(), patterns, build)
+
+
+def test_a_count_that_was_not_expected() -> None:
+    with pytest.raises(InputError, match="3 modules match where 2 are expected"):
+        swap.swap(Net(), ["**.query"], lambda old, path: nn.Linear(4, 4), expect=2)
+
+
+LAYER = '''
+import torch
+from torch import nn
+
+
+class Scaled(nn.Module):
+    """The old layer times a learned number that begins at 1."""
+
+    def __init__(self, old, start=1.0):
+        super().__init__()
+        self.old = old
+        self.gain = nn.Parameter(torch.tensor(start))
+
+    @classmethod
+    def from_old(cls, old, start=1.0):
+        return cls(old, start)
+
+    def forward(self, x):
+        return self.gain * self.old(x)
+
+
+class Wide(nn.Linear):
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features + 1)
+
+
+class Bare:
+    pass
+'''
+
+
+@pytest.fixture
+def layer_file(files: Path) -> Path:
+    (files / "mine.py").write_text(LAYER)
+    return files / "mine.py"
+
+
+def test_a_layer_of_ones_own_trains_predicts_and_is_guarded(recipe: MakeRecipe, layer_file: Path) -> None:
+    from engine.predict import evaluate_run
+    from engine.runs import open_run
+
+    made = recipe("swap=[{at: '**.intermediate.dense', with: 'mine.py:Scaled', expect: 2}]", "train.epochs=4")
+    result = finetune.finetune(made, "r", **QUIET)
+    assert result.metrics["test"]["accuracy"] > 0.6
+    run = open_run("r")
+    gains = [float(p) for n, p in run.model.named_parameters() if n.endswith("gain")]
+    assert len(gains) == 2
+    assert all(g != 1.0 for g in gains)
+    again = evaluate_run("r", "test.jsonl", [], as_json=True)
+    assert again["scores"]["accuracy"] == result.metrics["test"]["accuracy"]
+    assert json.loads(Path("r/layers/swap.json").read_text())[0]["file"] == "mine.py"
+    layer_file.write_text(LAYER + "\n# another file now\n")  # no longer the code that is stored with the run
+    with pytest.raises(InputError, match="would execute the code of r/layers/mine.py"):
+        open_run("r")
+    assert open_run("r", allow_code=True)
+    Path("r/layers/mine.py").write_text("raise SystemExit")
+    with pytest.raises(InputError, match="the file was changed"):
+        open_run("r", allow_code=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("{at: '**.intermedate.dense', with: 'mine.py:Scaled'}", r"matches no module.*nearest are: .*intermediate.*"),
+        ("{at: '**.dense', with: 'mine.py:Scald'}", "no class 'Scald'; did you mean 'Scaled'"),
+        ("{at: '**.dense', with: 'mien.py:Scaled'}", "no file mien.py"),
+        ("{at: '**.dense', with: 'mine.py:Bare'}", "no torch.nn.Module"),
+        ("{at: '**.dense', with: 'mine.py:Scaled', options: {strat: 2}}", "takes no 'strat'; did you mean 'start'"),
+    ],
+)
+def test_wrong_rules_are_errors_that_show_the_fix(recipe: MakeRecipe, layer_file: Path, rule: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        finetune.finetune(recipe(f"swap=[{rule}]"), "r", **QUIET)
+    assert "swap.0" in str(error.value)
+    assert not Path("r").exists()
+
+
+def test_a_fresh_layer_that_would_stay_frozen_is_an_error(recipe: MakeRecipe, layer_file: Path) -> None:
+    made = recipe("swap=[{at: '**.intermediate.dense', with: 'mine.py:Scaled'}]", "tune={method: last_n, n: 0}")
+    with pytest.raises(InputError, match="fresh parameters are frozen and would stay random"):
+        finetune.finetune(made, "r", **QUIET)
