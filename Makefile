@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 export RECIPE SET OUT RUN DATA TEXT KEY
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune resume check layers evaluate predict describe recipes test test-slow lint clean
+.PHONY: help finetune resume check layers evaluate predict describe recipes test test-slow bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(VENV)/ready-test ## the test suite
 
 test-slow: $(VENV)/ready-test ## the tests that take minutes
 	@exec $(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(VENV)/ready-test ## side by side with transformers' Trainer on SST-2 (many minutes; needs ../shared/data)
+	@exec $(BIN)/python tests/bench_trainer.py $(ARGS)
 
 lint: $(VENV)/ready-test ## style and types
 	@$(BIN)/ruff check engine tests

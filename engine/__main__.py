@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"error: {type(error).__name__}: {error}\nThis is a fault of the engine, not yours; --debug shows where.", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {error}\nThis is a fault of the engine, not yours; --debug shows where.",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -156,5 +159,3 @@ def recipes(options: Any) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-

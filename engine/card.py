@@ -23,7 +23,14 @@ def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names
                 cells.append(f"{results[split][name]:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""))
             lines.append(f"| {split} | {facts[split]['rows_used']:,} | {' | '.join(cells)} |")
     lines += ["", "Brackets: 95 % bootstrap interval over the rows of the split.", "", "## Use", "", "```python"]
-    lines += ["from transformers import pipeline", "", 'classify = pipeline("text-classification", model=".")', 'classify("...")', "```", ""]
+    lines += [
+        "from transformers import pipeline",
+        "",
+        'classify = pipeline("text-classification", model=".")',
+        'classify("...")',
+        "```",
+        "",
+    ]
     if recipe.swap:
         lines += ["This model has custom layers, so it loads through the engine's run folder, not by AutoModel alone.", ""]
     lines += ["## Limits", "", f"Trained on {facts['train']['rows_used']:,} examples of up to {recipe.data.max_length} tokens;"]

@@ -76,8 +76,10 @@ def write(folder: Path, name: str, model: nn.Module, progress: Any, optimizer: A
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each storage once: tied weights are saved under their first name."""
-    seen: set[int] = set()
-    return {k: v for k, v in tensors.items() if not (v.data_ptr() in seen and v.numel()) and not seen.add(v.data_ptr())}
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name)
+    return {name: tensors[name] for name in first.values()}
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -35,8 +35,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def outputs(model: nn.Module, task: Any, encoded: Encoded, *, tokens: int, device: torch.device, autocast: Any,
-            interrupted: Callable[[], bool] = lambda: False) -> np.ndarray:
+def outputs(
+    model: nn.Module,
+    task: Any,
+    encoded: Encoded,
+    *,
+    tokens: int,
+    device: torch.device,
+    autocast: Any,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> np.ndarray:
     """The task's raw outputs for every example, in the examples' order."""
     made: np.ndarray | None = None
     with seeds.untouched(), eval_mode(model), torch.inference_mode():

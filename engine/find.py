@@ -67,7 +67,7 @@ def load_class(spec: str, where: str, folders: tuple[Path, ...] = ()) -> type:
 def _load_file(path: Path, where: str) -> ModuleType:
     name = f"engine_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    assert spec is not None and spec.loader is not None  # noqa: PT018
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[name] = loaded  # so that dataclasses and pickling-free copies of its classes find their module
     try:

@@ -28,7 +28,8 @@ def layout(model: Any, head: list[str]) -> Layout:
     body = getattr(model, body_name, model) if body_name else model
     prefix = f"{body_name}." if body is not model else ""
     stacks = [
-        (path, module) for path, module in body.named_modules()
+        (path, module)
+        for path, module in body.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(m) for m in module}) == 1
     ]
     if not stacks:
@@ -58,7 +59,8 @@ def fresh_and_frozen(model: nn.Module, fresh: list[str], swapped: list[Swapped])
 
 def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: weights with decay; biases, norms and other vectors without."""
-    decayed, plain = [], []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    plain: list[tuple[str, nn.Parameter]] = []
     norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -67,6 +69,14 @@ def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[
     made = []
     for label, named, decay in (("decayed", decayed, weight_decay), ("plain", plain, 0.0)):
         if named:
-            made.append({"params": [p for _, p in named], "names": [n for n, _ in named], "group": label, "lr": learning_rate,
-                         "initial_lr": learning_rate, "weight_decay": decay})
+            made.append(
+                {
+                    "params": [p for _, p in named],
+                    "names": [n for n, _ in named],
+                    "group": label,
+                    "lr": learning_rate,
+                    "initial_lr": learning_rate,
+                    "weight_decay": decay,
+                }
+            )
     return made

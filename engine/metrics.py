@@ -65,7 +65,9 @@ def check(names: list[str], where: str, classes: int) -> None:
         if name not in CLASSIFICATION:
             raise InputError(f"{where}: evaluate.metrics: no metric '{name}'{nearest(name, CLASSIFICATION)}")
         if name in ("precision", "recall", "f1") and classes != 2:
-            raise InputError(f"{where}: evaluate.metrics: '{name}' is for two labels, and there are {classes}; write {name}_macro")
+            raise InputError(
+                f"{where}: evaluate.metrics: '{name}' is for two labels, and there are {classes}; write {name}_macro"
+            )
 
 
 def compute(names: list[str], labels: Array, predicted: Array, probabilities: Array) -> dict[str, float]:
@@ -81,7 +83,9 @@ def compute(names: list[str], labels: Array, predicted: Array, probabilities: Ar
     return out
 
 
-def intervals(names: list[str], labels: Array, predicted: Array, probabilities: Array, resamples: int, seed: int = 0) -> dict[str, list[float]]:
+def intervals(
+    names: list[str], labels: Array, predicted: Array, probabilities: Array, resamples: int, seed: int = 0
+) -> dict[str, list[float]]:
     """95 % percentile bootstrap interval of each metric: {name: [low, high]}."""
     random = np.random.Generator(np.random.PCG64(seed))
     drawn = []

@@ -100,7 +100,9 @@ def _embedded(where: str) -> Path | None:
         return None
     found = sha256(weights)
     if found != EMBEDDED_SHA256:
-        raise InputError(f"{where}: {weights} is not {EMBEDDED}: its sha256 is {found}, not {EMBEDDED_SHA256}; reinstall {EMBEDDED_WHEEL}")
+        raise InputError(
+            f"{where}: {weights} is not {EMBEDDED}: its sha256 is {found}, not {EMBEDDED_SHA256}; reinstall {EMBEDDED_WHEEL}"
+        )
     return weights.parent
 
 
@@ -125,8 +127,13 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         model, info = getattr(transformers, auto_class).from_pretrained(
-            source.folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True, **options,
+            source.folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -153,7 +160,9 @@ def _config(folder: Path, where: str) -> dict[str, Any]:
 
     if config.get("model_type") not in CONFIG_MAPPING_NAMES:
         also = " and would run code that comes with it" if config.get("auto_map") else ""
-        raise InputError(f"{where}: the model type '{config.get('model_type')}' is not part of transformers{also}; such code is refused")
+        raise InputError(
+            f"{where}: the model type '{config.get('model_type')}' is not part of transformers{also}; such code is refused"
+        )
     return dict(config)
 
 

@@ -30,7 +30,9 @@ def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str])
     return table
 
 
-def evaluate_run(folder: str, data: str | None, overrides: list[str], *, as_json: bool = False, allow_code: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    folder: str, data: str | None, overrides: list[str], *, as_json: bool = False, allow_code: bool = False
+) -> dict[str, Any]:
     """Print (and return) the scores of a run on `data`, or on its own test split."""
     run = runs.open_run(folder, overrides, allow_code=allow_code)
     files = [data] if data else run.recipe.data.test
@@ -48,7 +50,10 @@ def evaluate_run(folder: str, data: str | None, overrides: list[str], *, as_json
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return result
-    print(f"{run.folder} on {', '.join(files)}: {len(split):,} rows" + (f", {sum(split.dropped.values())} dropped" if split.dropped else ""))
+    print(
+        f"{run.folder} on {', '.join(files)}: {len(split):,} rows"
+        + (f", {sum(split.dropped.values())} dropped" if split.dropped else "")
+    )
     if note:
         print(f"note: {note}")
     for name, value in report["scores"].items():
@@ -70,8 +75,15 @@ def print_detail(detail: dict[str, Any]) -> None:
         print(f"  {name:<{width}} " + " ".join(f"{n:>12}" for n in counts))
 
 
-def predict_run(folder: str, texts: list[str] | None, source: str | None, output: str | None, overrides: list[str], *,
-                allow_code: bool = False) -> None:
+def predict_run(
+    folder: str,
+    texts: list[str] | None,
+    source: str | None,
+    output: str | None,
+    overrides: list[str],
+    *,
+    allow_code: bool = False,
+) -> None:
     """JSON lines: the input's columns, the label and the probabilities."""
     run = runs.open_run(folder, overrides, allow_code=allow_code)
     inputs = {role: name for role, name in run.task.columns.items() if run.task.roles[role] != "target"}
@@ -112,5 +124,3 @@ def _sink(output: str | None) -> Iterator[TextIO]:
         raise InputError(f"--output {output}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-

@@ -5,36 +5,45 @@ import math
 
 import torch
 
-from engine import finetune, optim, seeds
+from engine import optim, prepare, seeds
 from engine.data.windows import describe_plan
 from engine.recipe import Recipe
 
 
 def check(recipe: Recipe) -> None:
     """Prepare everything as a run would, then one real forward and backward pass on the first window."""
-    ready = finetune.prepare(recipe, say=lambda line: None)
+    ready = prepare.prepare(recipe, say=lambda line: None)
     plan = describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
     print(f"recipe  {recipe.path}: {recipe.task}, seed {recipe.seed}\n")
     print("data")
     for name, fact in ready.facts.items():
         tokens = fact["tokens"]
         labels = ", ".join(f"{label} {n:,}" for label, n in fact["labels"].items())
-        print(f"  {name:<11} {fact['rows_read']:,} rows read = {fact['rows_used']:,} used + {sum(fact['dropped'].values()):,} dropped; {labels}")
-        leaks = ", ".join(f"{n} {key.replace('_', ' ')}" for key, n in fact.items() if key.startswith("also_in_"))
-        print(f"  {'':<11} {fact['duplicates']} duplicates{'; ' + leaks if leaks else ''}; tokens: mean {tokens['mean']}, longest {tokens['longest']}, {tokens['truncated']} cut at {recipe.data.max_length}")
+        print(
+            f"  {name:<11} {fact['rows_read']:,} rows read = {fact['rows_used']:,} used + {sum(fact['dropped'].values()):,} dropped; {labels}"
+        )
+        leaks = "".join(f"; {n} {key.replace('_', ' ')}" for key, n in fact.items() if key.startswith("also_in_"))
+        lengths = (
+            f"tokens: mean {tokens['mean']}, longest {tokens['longest']}, {tokens['truncated']} cut at {recipe.data.max_length}"
+        )
+        print(f"  {'':<11} {fact['duplicates']} duplicates{leaks}; {lengths}")
     print("\nmodel")
     loaded = ready.loaded
     print(f"  {recipe.model.name} ({loaded.source.origin}: {loaded.source.folder})")
     print(f"  fresh: {', '.join(loaded.fresh) or 'nothing'}")
-    for line in finetune._summed(ready.swapped):
+    for line in prepare.summed(ready.swapped):
         print(f"  swap: {line}")
     print(f"  {ready.coverage}")
     print("\ntraining")
-    padding = plan["padded_tokens"] / max(1, plan["real_tokens"]) - 1
-    print(f"  {plan['examples']:,} examples / batch {recipe.train.batch_size} = {plan['windows_per_epoch']} windows x {recipe.train.epochs} epochs = {plan['steps']:,} steps")
-    print(f"  a window is about {plan['micro_batches_per_window']} micro-batches of at most {ready.windows.tokens:,} tokens; padding adds {padding:.0%}")
-    rise = math.ceil(recipe.train.warmup * plan["steps"]) if recipe.train.warmup < 1 else int(recipe.train.warmup)
-    print(f"  AdamW, learning rate {recipe.train.learning_rate:g} after {rise} steps of warm-up, then {recipe.train.schedule}; {ready.precision} on {ready.device}")
+    t = recipe.train
+    padding = "" if ready.windows.packed else f"; padding adds {plan['padded_tokens'] / plan['real_tokens'] - 1:.0%}"
+    windows = f"{plan['windows_per_epoch']} windows x {t.epochs} epochs = {plan['steps']:,} steps"
+    print(f"  {plan['examples']:,} examples / batch {t.batch_size} = {windows}")
+    parts = f"{plan['micro_batches_per_window']} micro-batches of at most {ready.windows.tokens:,} tokens"
+    print(f"  a window is about {parts}{padding}; {ready.packed}")
+    rise = math.ceil(t.warmup * plan["steps"]) if t.warmup < 1 else int(t.warmup)
+    print(f"  AdamW, learning rate {t.learning_rate:g} after {rise} steps of warm-up, then {t.schedule}")
+    print(f"  {ready.precision} on {ready.device}, clip {t.clip}, weight decay {t.weight_decay}")
     print(f"  memory: about {_memory(loaded.model) / 2**20:,.0f} MiB for weights, gradients and AdamW, activations on top")
     problems = _probe(ready)
     notes = ready.notes + problems
@@ -46,7 +55,7 @@ def _memory(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
 
 
-def _probe(ready: finetune.Prepared) -> list[str]:
+def _probe(ready: prepare.Prepared) -> list[str]:
     """One real window: a finite loss, and a gradient for everything that trains."""
     model = ready.loaded.model
     model.train()
@@ -62,7 +71,10 @@ def _probe(ready: finetune.Prepared) -> list[str]:
             total += float(loss.detach())
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
-    print(f"  first window: loss {total:.4f}" + (f" (chance: {math.log(len(ready.task.labels)):.4f})" if getattr(ready.task, "labels", None) else ""))
+    print(
+        f"  first window: loss {total:.4f}"
+        + (f" (chance: {math.log(len(ready.task.labels)):.4f})" if getattr(ready.task, "labels", None) else "")
+    )
     problems = [] if math.isfinite(total) else [f"the loss of the first window is {total}"]
     if without:
         problems.append(f"{len(without)} parameters train but get no gradient: {', '.join(without[:3])}")
@@ -71,7 +83,7 @@ def _probe(ready: finetune.Prepared) -> list[str]:
 
 def layers(recipe: Recipe) -> None:
     """A table: path, class, shape, parameters, what trains."""
-    ready = finetune.prepare(recipe, say=lambda line: None)
+    ready = prepare.prepare(recipe, say=lambda line: None)
     model = ready.loaded.model
     lines: list[tuple[str, ...]] = []
     for path, module in model.named_modules():
@@ -87,5 +99,3 @@ def layers(recipe: Recipe) -> None:
         print(f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]:<{widths[2]}}  {line[3]:>{widths[3]}}  {line[4]}")
     counts = collections.Counter(line[4] for line in lines)
     print(f"\n{len(lines)} modules with parameters: {', '.join(f'{n} {what}' for what, n in counts.items())}\n{ready.coverage}")
-
-

@@ -132,7 +132,8 @@ def _check(raw: dict[str, Any], overrides: list[str], where: Callable[[str], str
 
 
 def _override(raw: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    raw, keys, problems = _merged(raw, {}), [], []
+    raw, problems = _merged(raw, {}), []
+    keys: list[str] = []
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key or any(not part for part in key.split(".")):
@@ -187,9 +188,14 @@ def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str
     if kind == "missing":
         return f"{where(key)}: {key}: this key is required and missing"
     message = {
-        "int_type": "a whole number is needed", "float_type": "a number is needed", "string_type": "a text is needed",
-        "bool_type": "true or false is needed", "list_type": "a list is needed", "dict_type": "a mapping is needed",
-        "model_type": "a group of keys is needed", "int_from_float": "a whole number is needed",
+        "int_type": "a whole number is needed",
+        "float_type": "a number is needed",
+        "string_type": "a text is needed",
+        "bool_type": "true or false is needed",
+        "list_type": "a list is needed",
+        "dict_type": "a mapping is needed",
+        "model_type": "a group of keys is needed",
+        "int_from_float": "a whole number is needed",
         "finite_number": "a finite number is needed",
     }.get(kind, message[0].lower() + message[1:])
     return f"{where(key)}: {key}: {message}, not {_quoted(given)}"

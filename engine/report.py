@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ matplotlib.rcParams.update({
     "axes.edgecolor": SOFT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6eaee",
     "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 140,
 })  # fmt: skip
-matplotlib.set_loglevel("error")  # a font that is absent is no news
+matplotlib.set_loglevel("ERROR")  # a font that is absent is no news
 
 
 def write(folder: Path) -> Path:
@@ -53,7 +54,7 @@ def write(folder: Path) -> Path:
         folder=folder.name, recipe_text=(folder / "recipe.yaml").read_text("utf-8"), recipe=_recipe(folder), results=results,
         environment=environment, final=final, images=images, rows=len(rows), wrong=len(wrong), mistakes=[_mistake(r) for r in wrong[:MISTAKES]],
         data=by_event["data"][0]["splits"], model=by_event["model"][0], plan=by_event["plan"][0],
-        notes=[n["note"] for n in by_event.get("note", [])], seconds=by_event.get("finished", [{}])[-1].get("seconds"),
+        notes=[n["note"] for n in by_event.get("note", [])], kernels=[k["found"] for k in by_event.get("kernels", [])], seconds=by_event.get("finished", [{}])[-1].get("seconds"),
         headline=list(results["intervals"].get(final, {})) if final else [], skipped=by_event.get("skipped", []),
         command=" ".join(environment["command"]), resumed=by_event.get("resumed", []),
     )  # fmt: skip
@@ -111,23 +112,33 @@ def _loss(events: dict[str, list[dict[str, Any]]], best: int) -> Figure:
         axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="train (smoothed)")
     evaluations = events.get("evaluation", [])
     if evaluations:
-        axes.plot([r["step"] for r in evaluations], [r["loss"] for r in evaluations], color=ORANGE, marker="o", markersize=4, label="validation")
+        axes.plot(
+            [r["step"] for r in evaluations],
+            [r["loss"] for r in evaluations],
+            color=ORANGE,
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
         _mark_best(axes, best)
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower left")
+    axes.legend(loc="best")
     return figure
 
 
 def _metrics(evaluations: list[dict[str, Any]], best: int) -> Figure:
     figure, axes = _axes("Validation metrics")
     names = [k for k, v in evaluations[0].items() if k not in ("event", "step", "epoch", "best", "loss", "time")]
-    for name, color, style in zip(names, (BLUE, ORANGE, INK, SOFT, GREEN, "#8e44ad"), ("-", "--", "-.", ":", "-", "--"), strict=False):
+    for name, color, style in zip(
+        names, (BLUE, ORANGE, INK, SOFT, GREEN, "#8e44ad"), ("-", "--", "-.", ":", "-", "--"), strict=False
+    ):
         values = [r[name] for r in evaluations]
         axes.plot([r["step"] for r in evaluations], values, color=color, linestyle=style, marker="o", markersize=4, label=name)
     _mark_best(axes, best)
     axes.set_xlabel("step")
-    axes.legend(loc="lower right")
+    axes.margins(y=0.15)
+    axes.legend(loc="best")
     return figure
 
 
@@ -138,7 +149,14 @@ def _schedule(steps: list[dict[str, Any]]) -> Figure:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     twin = axes.twinx()
     twin.grid(False)
-    twin.plot([r["step"] for r in steps], [r["grad_norm"] for r in steps], color=ORANGE, alpha=0.55, linewidth=0.9, label="gradient norm")
+    twin.plot(
+        [r["step"] for r in steps],
+        [r["grad_norm"] for r in steps],
+        color=ORANGE,
+        alpha=0.55,
+        linewidth=0.9,
+        label="gradient norm",
+    )
     lines = [*axes.get_lines(), *twin.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
     return figure
@@ -154,8 +172,18 @@ def _confusion(detail: dict[str, Any]) -> Figure:
     if len(labels) <= 20:
         for i, row in enumerate(counts):
             for j, n in enumerate(row):
-                axes.text(j, i, f"{n}\n{shares[i][j]:.0%}", ha="center", va="center", fontsize=8.5, color="white" if shares[i][j] > 0.55 else INK)
-    axes.set_xticks(range(len(labels)), labels, rotation=30 if len(labels) > 3 else 0, ha="right" if len(labels) > 3 else "center")
+                axes.text(
+                    j,
+                    i,
+                    f"{n}\n{shares[i][j]:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                    color="white" if shares[i][j] > 0.55 else INK,
+                )
+    axes.set_xticks(
+        range(len(labels)), labels, rotation=30 if len(labels) > 3 else 0, ha="right" if len(labels) > 3 else "center"
+    )
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("predicted")
     axes.set_ylabel("truth")
@@ -170,7 +198,7 @@ def _confidence(rows: list[dict[str, Any]]) -> Figure:
     low = 1 / max(2, len(rows[0]["probabilities"]))
     edges = [low + (1 - low) * i / 8 for i in range(9)]
     axes.plot([low, 1], [low, 1], color=SOFT, linewidth=1, linestyle="--", label="perfectly calibrated")
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         members = [i for i, s in enumerate(sure) if a <= s < b or (b == 1 and s >= 1)]
         if members:
             x, y = sum(sure[i] for i in members) / len(members), sum(right[i] for i in members) / len(members)

@@ -62,7 +62,9 @@ def locate(run: str) -> Path:
         folder = folder / "latest"
     if not (folder / "recipe.yaml").exists():
         known = [str(p.parent) for p in Path("runs").glob("*/*/recipe.yaml")]
-        raise InputError(f"{run}: no run folder (no recipe.yaml in it){'; there are: ' + ', '.join(sorted(known)[-3:]) if known else ''}")
+        raise InputError(
+            f"{run}: no run folder (no recipe.yaml in it){'; there are: ' + ', '.join(sorted(known)[-3:]) if known else ''}"
+        )
     return folder
 
 
@@ -88,7 +90,7 @@ def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> No
         write_json(folder / "layers" / "swap.json", table)
 
 
-def environment(device: str, sources: dict[str, str], model: dict[str, Any], seed: int) -> dict[str, Any]:
+def environment(name: str, device: str, sources: dict[str, str], model: dict[str, Any], seed: int) -> dict[str, Any]:
     """What a second run would need to be the same."""
     import importlib.metadata as metadata
 
@@ -97,7 +99,7 @@ def environment(device: str, sources: dict[str, str], model: dict[str, Any], see
     packages = ("torch", "transformers", "tokenizers", "datasets", "scikit-learn", "numpy", "safetensors")
     versions = {name: metadata.version(name) for name in packages}
     return {
-        "python": platform.python_version(), "platform": platform.platform(), "versions": versions, "device": device,
+        "recipe": name, "python": platform.python_version(), "platform": platform.platform(), "versions": versions, "device": device,
         "threads": torch.get_num_threads(), "seed": seed, "data_sha256": sources, "model": model,
         "git_commit": _git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip

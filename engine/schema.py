@@ -47,7 +47,9 @@ def _warmup(value: Any) -> Any:
     raise ValueError("write a fraction of all steps from 0 to 1, or a whole number of steps")
 
 
-Files = Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=1), "file, list of files, or hub:OWNER/NAME[/CONFIG]#SPLIT"]
+Files = Annotated[
+    list[str], BeforeValidator(_one_or_many), Field(min_length=1), "file, list of files, or hub:OWNER/NAME[/CONFIG]#SPLIT"
+]
 Patterns = Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=1), "path pattern or list of them"]
 Rhythm = Annotated[int | str, BeforeValidator(_rhythm), "epoch or a number of steps"]
 
@@ -114,6 +116,7 @@ class Train(Group):
     micro_batch_tokens: Annotated[int | str, BeforeValidator(_tokens), "number of tokens, or auto"] = Field(
         "auto", description="Padded tokens in one forward pass: the memory knob, it never changes the result."
     )
+    packing: bool = Field(True, description="Let short examples share a row where the architecture allows; changes speed alone.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")
@@ -134,7 +137,9 @@ class Evaluate(Group):
     """How a model is judged."""
 
     every: Rhythm = Field("epoch", description="When to score the validation split.")
-    metrics: list[str] | None = Field(None, min_length=1, description="Headline metrics by scikit-learn's names; the task has defaults.")
+    metrics: list[str] | None = Field(
+        None, min_length=1, description="Headline metrics by scikit-learn's names; the task has defaults."
+    )
     bootstrap: int = Field(1000, ge=0, description="Resamples behind each 95 % interval; 0 for none.")
 
 
@@ -161,9 +166,9 @@ class Schema(Group):
     model: Model
     data: Data
     swap: list[SwapRule] = Field(default_factory=list, description="Custom layers put into the pretrained model.")
-    tune: Tune = Field(default_factory=Tune)
-    train: Train = Field(default_factory=Train)
-    evaluate: Evaluate = Field(default_factory=Evaluate)
+    tune: Tune = Tune()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
     early_stopping: EarlyStopping | None = None
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    checkpoint: Checkpoint = Checkpoint()
     offline: dict[str, Any] = Field(default_factory=dict, description="Keys that replace the others under --offline.")

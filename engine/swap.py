@@ -43,7 +43,9 @@ def expand(pattern: str) -> list[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
-    return [p for choice in match[1].split(",") for p in expand(pattern[: match.start()] + choice.strip() + pattern[match.end() :])]
+    return [
+        p for choice in match[1].split(",") for p in expand(pattern[: match.start()] + choice.strip() + pattern[match.end() :])
+    ]
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -52,7 +54,9 @@ def _regex(pattern: str) -> re.Pattern[str]:
         if segment == "**":
             parts.append(r"(?:[^.]+\.)*")
         else:
-            parts.append(translate(segment).removeprefix("(?s:").removesuffix(r")\Z").removesuffix(r")\z").replace(".*", "[^.]*") + r"\.")
+            parts.append(
+                translate(segment).removeprefix("(?s:").removesuffix(r")\Z").removesuffix(r")\z").replace(".*", "[^.]*") + r"\."
+            )
     return re.compile("".join(parts))
 
 
@@ -88,8 +92,15 @@ def _nearest_paths(pattern: str, paths: list[str]) -> str:
     return f"; nearest are: {', '.join(near)} (`layers RECIPE` lists all)" if near else " (`layers RECIPE` lists all)"
 
 
-def swap(model: nn.Module, patterns: list[str], build: Build, *, where: str = "swap.at", weights: str = "own",
-         expect: int | None = None) -> list[Swapped]:
+def swap(
+    model: nn.Module,
+    patterns: list[str],
+    build: Build,
+    *,
+    where: str = "swap.at",
+    weights: str = "own",
+    expect: int | None = None,
+) -> list[Swapped]:
     """Replace every module that the patterns match by build(old, path); returns what was done, in the model's order.
 
     `weights`: "own" leaves the new module's tensors as `build` made them; "keep" then copies over each tensor of the
@@ -123,7 +134,9 @@ def _built(build: Build, old: nn.Module, path: str, where: str) -> nn.Module:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{where}: building the layer for {path} ({_short(old)}) failed: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"{where}: building the layer for {path} ({_short(old)}) failed: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(new, nn.Module):
         raise InputError(f"{where}: {path}: a {type(new).__name__} was built, which is no torch.nn.Module")
     return new
@@ -168,10 +181,8 @@ def _short(module: nn.Module) -> str:
 
 # -- a recipe's own layers --------------------------------------------------------------------------------------------
 
-FROM_OLD = {  # constructor argument -> where the old module has it
-    "in_features": "in_features", "out_features": "out_features", "normalized_shape": "normalized_shape",
-    "num_embeddings": "num_embeddings", "embedding_dim": "embedding_dim", "hidden_size": "hidden_size", "eps": "eps",
-}
+# constructor arguments that are filled in from the old module's attributes of the same name
+SIZES = ("in_features", "out_features", "normalized_shape", "num_embeddings", "embedding_dim", "hidden_size", "eps")
 
 
 def apply_rules(model: nn.Module, rules: list[Any], where: Callable[[str], str], folders: tuple[Path, ...] = ()) -> list[Swapped]:
@@ -183,22 +194,21 @@ def apply_rules(model: nn.Module, rules: list[Any], where: Callable[[str], str],
         if not issubclass(layer, nn.Module):
             raise InputError(f"{key}.with: {rule.with_} is no torch.nn.Module; derive the class from it")
         build = _builder(layer, rule.options, key)
-        done += swap(model, rule.at, build, where=f"{key}.at", weights="keep" if rule.weights == "keep" else "own", expect=rule.expect)
+        done += swap(
+            model, rule.at, build, where=f"{key}.at", weights="keep" if rule.weights == "keep" else "own", expect=rule.expect
+        )
     return done
 
 
 def _builder(layer: type, options: dict[str, Any], key: str) -> Build:
     """from_old(old, **options) where the class has it; else the constructor, sizes filled in from the old module."""
-    if hasattr(layer, "from_old"):
-        maker = layer.from_old
-        fixed = lambda old: {}
+    own = hasattr(layer, "from_old")
+    if own:
+        maker = layer.from_old  # type: ignore[attr-defined]
         bound = list(inspect.signature(maker).parameters)[1:]
     else:
         maker = layer
         bound = list(inspect.signature(layer).parameters)
-
-        def fixed(old: nn.Module) -> dict[str, Any]:
-            return {n: getattr(old, FROM_OLD[n]) for n in bound if n in FROM_OLD and n not in options and hasattr(old, FROM_OLD[n])}
 
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(maker).parameters.values())
     for name in options:
@@ -206,8 +216,9 @@ def _builder(layer: type, options: dict[str, Any], key: str) -> Build:
             raise InputError(f"{key}.options.{name}: {layer.__name__} takes no '{name}'{nearest(name, bound)}")
 
     def build(old: nn.Module, path: str) -> nn.Module:
-        made = maker(old, **options) if hasattr(layer, "from_old") else maker(**fixed(old), **options)
-        assert isinstance(made, nn.Module)
-        return made
+        if own:
+            return maker(old, **options)  # type: ignore[no-any-return]
+        sizes = {n: getattr(old, n) for n in bound if n in SIZES and n not in options and hasattr(old, n)}
+        return maker(**sizes, **options)  # type: ignore[no-any-return]
 
     return build

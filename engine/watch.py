@@ -64,7 +64,12 @@ class Bar:
         from tqdm import tqdm
 
         self.bar = tqdm(
-            total=steps, initial=done, disable=not sys.stderr.isatty(), unit="step", dynamic_ncols=True, smoothing=0.1,
+            total=steps,
+            initial=done,
+            disable=not sys.stderr.isatty(),
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self.epochs, self.per_epoch, self.steps = epochs, per_epoch, steps

@@ -6,7 +6,7 @@ how a text file becomes code, a bomb or a silent typo.
 """
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -19,7 +19,7 @@ Lines = dict[tuple[str, ...], int]  # key path -> line in the file, from 1
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
 
 
 for _tag, _pattern, _first in (
@@ -48,18 +48,27 @@ def parse(text: str, name: str) -> tuple[Any, Lines]:
         try:
             for event in yaml.parse(text, Loader=_Loader):  # before composing: a bomb is refused, not built
                 if isinstance(event, yaml.AliasEvent):
-                    raise InputError(f"{name}:{event.start_mark.line + 1}: aliases (*name) are not allowed here")
+                    raise InputError(f"{name}:{_line(event)}: aliases (*name) are not allowed here")
             node = loader.get_single_node()
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        mark = _mark(error)
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
         raise InputError(f"{place}: this is not YAML: {problem}") from error
     except RecursionError as error:
         raise InputError(f"{name}: nested too deep to be a recipe") from error
     return (None if node is None else _build(node, (), lines, name)), lines
+
+
+def _mark(error: Any) -> Any:
+    """Where PyYAML saw the error, or None."""
+    return getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
 
 
 def scalar(text: str) -> Any:

@@ -31,7 +31,9 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
         times.append(time.perf_counter() - start)
     assert done.returncode == 0
     assert min(times) < 0.5
-    loaded = subprocess.run([sys.executable, "-X", "importtime", "-m", "engine", "--help"], capture_output=True, text=True, env=ENVIRONMENT).stderr
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "engine", "--help"], capture_output=True, text=True, env=ENVIRONMENT
+    ).stderr
     assert not any(name in loaded for name in ("| torch", "| transformers", "| numpy", "| pydantic", "| sklearn"))
     for verb in ("finetune", "check", "layers", "evaluate", "predict", "describe", "recipes"):
         assert verb in done.stdout
@@ -70,7 +72,9 @@ WRONG: dict[str, tuple[list[str], Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_ends_with_2_one_message_and_no_folder(recipe: MakeRecipe, capfd: pytest.CaptureFixture[str], case: str) -> None:
+def test_wrong_input_ends_with_2_one_message_and_no_folder(
+    recipe: MakeRecipe, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
     overrides, spoil, said = WRONG[case]
     path = "nothing" if case == "unknown recipe" else str(recipe().path)
     if spoil:
@@ -105,7 +109,9 @@ def test_a_run_from_the_command_line_leaves_what_was_promised(recipe: MakeRecipe
     for p in predictions:
         assert p["prediction"] == max(p["probabilities"], key=p["probabilities"].get)
         assert sum(p["probabilities"].values()) == pytest.approx(1)
-    assert results["test"]["accuracy"] == pytest.approx(sum(p["label"] == p["prediction"] for p in predictions) / len(predictions))
+    assert results["test"]["accuracy"] == pytest.approx(
+        sum(p["label"] == p["prediction"] for p in predictions) / len(predictions)
+    )
     page = (latest / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
@@ -115,25 +121,46 @@ def test_a_run_from_the_command_line_leaves_what_was_promised(recipe: MakeRecipe
     assert [m["label"] for m in made] == [p["prediction"] for p in predictions[:2]]
     assert made[0]["probabilities"] == pytest.approx(predictions[0]["probabilities"], abs=1e-5)
     engine("predict", "runs/tiny/latest", "--input", "test.jsonl", "--output", "out.jsonl")
-    assert [json.loads(line)["label"] for line in Path("out.jsonl").read_text().splitlines()] == [p["prediction"] for p in predictions]
+    assert [json.loads(line)["label"] for line in Path("out.jsonl").read_text().splitlines()] == [
+        p["prediction"] for p in predictions
+    ]
 
     Path("other.csv").write_text("sentence,verdict\n" + "".join(f"{r['text']},{int(r['label'] == 'positive')}\n" for r in rows))
-    scored = engine("evaluate", "runs/tiny/latest", "--data", "other.csv", "data.columns.text=sentence", "data.columns.label=verdict", "--json")
+    scored = engine(
+        "evaluate",
+        "runs/tiny/latest",
+        "--data",
+        "other.csv",
+        "data.columns.text=sentence",
+        "data.columns.label=verdict",
+        "--json",
+    )
     assert json.loads(scored.stdout)["scores"]["accuracy"] == results["test"]["accuracy"]
 
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(latest / "model"), AutoTokenizer.from_pretrained(latest / "model")
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(latest / "model"),
+        AutoTokenizer.from_pretrained(latest / "model"),
+    )
     assert model.config.id2label == {0: "negative", 1: "positive"}
     logits = model(**tokenizer([rows[0]["text"]], return_tensors="pt")).logits.softmax(-1)[0]
-    assert dict(zip(["negative", "positive"], logits.tolist(), strict=True)) == pytest.approx(predictions[0]["probabilities"], abs=1e-5)
+    assert dict(zip(["negative", "positive"], logits.tolist(), strict=True)) == pytest.approx(
+        predictions[0]["probabilities"], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_ends_and_the_run_goes_on_identically(recipe: MakeRecipe, number: signal.Signals, code: int) -> None:
     path = str(recipe().path)
     options = ["train.epochs=30", "evaluate.every=60", "data.test=null"]
-    process = subprocess.Popen([*PYTHON, "finetune", path, *options, "--out", "stopped"], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*PYTHON, "finetune", path, *options, "--out", "stopped"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = Path("stopped/log.jsonl")
     deadline = time.time() + 90
     while not (log.exists() and log.read_text().count('"event": "step"') >= 5):
@@ -167,7 +194,13 @@ def test_check_layers_describe_and_recipes(recipe: MakeRecipe, capfd: pytest.Cap
     path = str(recipe().path)
     assert main(["check", path]) == 0
     out = capfd.readouterr().out
-    for said in ("90 rows read = 90 used + 0 dropped", "1 also in train", "6 windows x 2 epochs = 12 steps", "first window: loss", "texts of test also stand in train"):
+    for said in (
+        "90 rows read = 90 used + 0 dropped",
+        "1 also in train",
+        "6 windows x 2 epochs = 12 steps",
+        "first window: loss",
+        "texts of test also stand in train",
+    ):
         assert said in out
     assert not [p for p in Path("runs").glob("*") if p.name != ".cache"]
     assert main(["layers", path, "tune={method: last_n, n: 1}"]) == 0

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from conftest import MakeRecipe, make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import finetune
+from engine import prepare
 from engine.data import read, rows
 from engine.errors import InputError
 from engine.tasks.classification import Task, label_name
@@ -120,7 +121,17 @@ def test_no_bytes_crash_a_reader(tmp_path_factory: pytest.TempPathFactory, conte
 
 @pytest.mark.parametrize(
     ("value", "name"),
-    [(1, "1"), (1.0, "1"), ("1", "1"), (" a ", "a"), (True, "true"), (None, None), ("", None), (float("nan"), None), (0.5, "0.5")],
+    [
+        (1, "1"),
+        (1.0, "1"),
+        ("1", "1"),
+        (" a ", "a"),
+        (True, "true"),
+        (None, None),
+        ("", None),
+        (float("nan"), None),
+        (0.5, "0.5"),
+    ],
 )
 def test_a_label_is_one_name_however_it_is_written(value: Any, name: str | None) -> None:
     assert label_name(value) == name
@@ -128,7 +139,12 @@ def test_a_label_is_one_name_however_it_is_written(value: Any, name: str | None)
 
 @pytest.mark.parametrize(
     ("labels", "order"),
-    [(["b", "a", "b"], ["a", "b"]), ([10, 9, 2], ["2", "9", "10"]), (["1", "-1", "0"], ["-1", "0", "1"]), ([True, False], ["false", "true"])],
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        ([10, 9, 2], ["2", "9", "10"]),
+        (["1", "-1", "0"], ["-1", "0", "1"]),
+        ([True, False], ["false", "true"]),
+    ],
 )
 def test_labels_have_a_stable_order(labels: list[Any], order: list[str]) -> None:
     task = Task({})
@@ -180,7 +196,9 @@ def test_a_fraction_is_taken_alike_from_every_class_and_is_pure() -> None:
 
 def test_duplicates_and_leaks_are_counted() -> None:
     def split(*texts: str) -> rows.Split:
-        return rows.Split(read.Table([{"text": t, "label": "a"} for t in texts], [f"f:{i}" for i in range(len(texts))], {}), len(texts))
+        return rows.Split(
+            read.Table([{"text": t, "label": "a"} for t in texts], [f"f:{i}" for i in range(len(texts))], {}), len(texts)
+        )
 
     facts = rows.facts({"train": split("x", "y", "x"), "test": split("x", "z", "x")}, Task({}, ["a", "b"]))
     assert facts["train"]["duplicates"] == 1
@@ -202,29 +220,29 @@ def test_numbered_labels_are_read_as_ids_and_said() -> None:
 
 def test_tokens_are_made_once_and_found_again_by_content(recipe: MakeRecipe) -> None:
     quiet = {"say": lambda line: None}
-    first = finetune.prepare(recipe(), **quiet)
+    first = prepare.prepare(recipe(), **quiet)
     assert not any(e.reused for e in first.encoded.values())
-    again = finetune.prepare(recipe("train.learning_rate=1e-5"), **quiet)
+    again = prepare.prepare(recipe("train.learning_rate=1e-5"), **quiet)
     assert all(e.reused for e in again.encoded.values())
-    assert not finetune.prepare(recipe("data.max_length=9"), **quiet).encoded["train"].reused
+    assert not prepare.prepare(recipe("data.max_length=9"), **quiet).encoded["train"].reused
     rows = make_rows(90, 1)
     rows[7]["text"] += " so"
     write_jsonl(Path("train.jsonl"), rows)
-    changed = finetune.prepare(recipe(), **quiet)
+    changed = prepare.prepare(recipe(), **quiet)
     assert [changed.encoded[s].reused for s in ("train", "validation")] == [False, True]
 
 
 def test_the_token_file_is_what_datasets_reads(recipe: MakeRecipe) -> None:
     import datasets
 
-    ready = finetune.prepare(recipe(), say=lambda line: None)
+    ready = prepare.prepare(recipe(), say=lambda line: None)
     encoded = ready.encoded["train"]
     loaded = datasets.Dataset.from_file(str(encoded.path))
     texts = [r["text"] for r in ready.splits["train"].table.rows]
     expected = ready.loaded.tokenizer(texts, truncation=True, max_length=48)["input_ids"]
     assert loaded["input_ids"][:] == expected
     flat, offsets = encoded.ragged["input_ids"]
-    assert [flat[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == expected
+    assert [flat[a:b].tolist() for a, b in itertools.pairwise(offsets)] == expected
     assert loaded["labels"][:] == [["negative", "positive"].index(r["label"]) for r in ready.splits["train"].table.rows]
     assert not flat.flags.writeable, "memory-mapped, not copied"
 
@@ -233,7 +251,7 @@ def test_pairs_have_types_and_cut_texts_are_counted(recipe: MakeRecipe) -> None:
     pairs = [{"a": "good film " * 3, "b": "bad " * (1 + i), "label": i % 2} for i in range(20)]
     for name in ("train", "validation", "test"):
         write_jsonl(Path(f"{name}.jsonl"), pairs)
-    ready = finetune.prepare(recipe("data.columns={text: a, text_pair: b}", "data.max_length=16"), say=lambda line: None)
+    ready = prepare.prepare(recipe("data.columns={text: a, text_pair: b}", "data.max_length=16"), say=lambda line: None)
     batch = ready.encoded["train"].batch(np.arange(20))
     assert batch["token_type_ids"].max() == 1
     assert batch["input_ids"].shape[1] == 16
@@ -241,3 +259,28 @@ def test_pairs_have_types_and_cut_texts_are_counted(recipe: MakeRecipe) -> None:
     assert batch["truncated"].tolist() == cut
     assert ready.facts["train"]["tokens"]["truncated"] == sum(cut)
     assert any("were cut" in note for note in ready.notes)
+
+
+def test_a_hub_data_set_gives_labels_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    asked = []
+
+    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    table = read.read(["hub:owner/name/config#train"], "data.train")
+    assert asked == [("owner/name", "config", "train")]
+    assert [r["label"] for r in table.rows] == ["good", "bad"]
+    assert table.places == ["hub:owner/name/config#train:row 1", "hub:owner/name/config#train:row 2"]
+    with pytest.raises(InputError, match="should be hub:OWNER/NAME"):
+        read.read(["hub:owner/name"], "data.train")
+
+
+def test_a_hub_data_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"data.train: hub:nobody/nothing#train cannot be loaded: .*The hub cannot be reached"):
+        read.read(["hub:nobody/nothing#train"], "data.train")

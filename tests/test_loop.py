@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import FLOAT32, MakeRecipe, make_rows, write_jsonl
 from safetensors.torch import load_file
 
-from engine import checkpoint, evaluate, finetune, freeze, optim
+from engine import checkpoint, evaluate, finetune, freeze, optim, prepare
 from engine.errors import RunError
 from engine.train import Progress, Settings, due, judge, train
 
@@ -30,7 +30,7 @@ def model_bytes(folder: str) -> bytes:
 
 def one_window_gradients(made: Any, tokens: int, epoch: int = 0) -> list[list[torch.Tensor]]:
     """The gradient of each window of an epoch as the loop computes it, at fixed weights."""
-    ready = finetune.prepare(made, **QUIET)
+    ready = prepare.prepare(made, **QUIET)
     ready.windows.tokens = tokens
     model, seen = ready.loaded.model, []
     optimizer = torch.optim.SGD(freeze.groups(model, 0.0, 0.0), lr=0.0)
@@ -64,7 +64,7 @@ def test_accumulated_gradients_equal_one_batch_and_plain_autograd(recipe: MakeRe
     for tokens in (1, 40, 100, 300):  # micro-batches of one row, and uneven ones
         for pieces, at_once in zip(one_window_gradients(made, tokens), whole, strict=True):
             assert relative(pieces, at_once) <= FLOAT32
-    ready = finetune.prepare(made, **QUIET)
+    ready = prepare.prepare(made, **QUIET)
     ready.windows.tokens = 100
     assert {len(w.micro_batches) > 4 for w in ready.windows.epoch(0)} == {True}
     model, sizes = ready.loaded.model.train(), []
@@ -80,7 +80,7 @@ def test_accumulated_gradients_equal_one_batch_and_plain_autograd(recipe: MakeRe
 
 def test_a_mean_of_means_would_have_failed(recipe: MakeRecipe, still_bert: Path) -> None:
     """The law above has teeth: the usual accumulation is off by far more than the tolerance."""
-    ready = finetune.prepare(recipe("train.batch_size=32", model=still_bert), **QUIET)
+    ready = prepare.prepare(recipe("train.batch_size=32", model=still_bert), **QUIET)
     model = ready.loaded.model
     ready.windows.tokens = 100
     window = ready.windows.window(ready.windows.order(0)[:32])
@@ -138,7 +138,13 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_at_any_step_equals_never_stopped(recipe: MakeRecipe, variant: str) -> None:
     """With dropout, a decaying schedule, evaluation every 3 steps and the best restored: weights, metrics, log."""
-    options = ["evaluate.every=3", "checkpoint.every=4", "early_stopping={monitor: accuracy}", "train.schedule=cosine", *VARIANTS[variant]]
+    options = [
+        "evaluate.every=3",
+        "checkpoint.every=4",
+        "early_stopping={monitor: accuracy}",
+        "train.schedule=cosine",
+        *VARIANTS[variant],
+    ]
     run(recipe(*options), "whole")
     steps = json.loads(Path("whole/metrics.json").read_text())["steps"]
     assert steps == 12
@@ -163,7 +169,13 @@ def test_resume_refuses_another_recipe_and_says_what_differs(recipe: MakeRecipe)
 
 def test_the_best_weights_are_restored(recipe: MakeRecipe) -> None:
     """What a run returns scores exactly what its best evaluation scored, and it is not simply the last."""
-    made = recipe("evaluate.every=1", "train.learning_rate=5e-2", "train.schedule=constant", "train.epochs=4", "early_stopping={monitor: loss, patience: 9}")
+    made = recipe(
+        "evaluate.every=1",
+        "train.learning_rate=5e-2",
+        "train.schedule=constant",
+        "train.epochs=4",
+        "early_stopping={monitor: loss, patience: 9}",
+    )
     run(made, "r")
     results = json.loads(Path("r/metrics.json").read_text())
     evaluations = [r for r in log_of("r") if r["event"] == "evaluation"]
@@ -179,15 +191,29 @@ def test_the_best_weights_are_restored(recipe: MakeRecipe) -> None:
 
 
 def test_patience_stops_early(recipe: MakeRecipe) -> None:
-    made = recipe("evaluate.every=1", "train.learning_rate=1e-9", "train.epochs=9", "early_stopping={monitor: loss, patience: 2, min_delta: 0.5}")
+    made = recipe(
+        "evaluate.every=1",
+        "train.learning_rate=1e-9",
+        "train.epochs=9",
+        "early_stopping={monitor: loss, patience: 2, min_delta: 0.5}",
+    )
     result = run(made, "r")
     assert (result.progress.stopped, result.progress.step, result.progress.best_step) == ("early", 3, 1)
     assert json.loads(Path("r/metrics.json").read_text())["stopped"] == "early"
 
 
 def test_a_metric_that_is_no_number_is_never_best() -> None:
-    progress, settings = Progress(), Settings(steps=9, seed=0, clip=None, max_skipped=0, evaluate_every=1, save_every=1, monitor="f1")
-    assert [judge(progress, settings, {"f1": v}) for v in (math.nan, 0.3, math.nan, 0.3, 0.4)] == [False, True, False, False, True]
+    progress, settings = (
+        Progress(),
+        Settings(steps=9, seed=0, clip=None, max_skipped=0, evaluate_every=1, save_every=1, monitor="f1"),
+    )
+    assert [judge(progress, settings, {"f1": v}) for v in (math.nan, 0.3, math.nan, 0.3, 0.4)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert progress.stale == 0
 
 
@@ -208,7 +234,7 @@ class Poisoned:
 
 
 def loop_with(made: Any, steps: set[int], records: list[Any], value: float = math.nan) -> tuple[Any, Progress]:
-    ready = finetune.prepare(made, **QUIET)
+    ready = prepare.prepare(made, **QUIET)
     settings = Settings(steps=10, seed=1, clip=1.0, max_skipped=3, evaluate_every=None, save_every=10**9)
     optimizer = optim.adamw(freeze.groups(ready.loaded.model, 1e-3, 0.0), [0.9, 0.999], 1e-8)
     progress = Progress()
@@ -231,7 +257,9 @@ def test_a_step_whose_numbers_are_not_finite_is_skipped_and_said(recipe: MakeRec
 
 
 def test_too_many_in_a_row_end_the_run_with_step_and_cures(recipe: MakeRecipe) -> None:
-    with pytest.raises(RunError, match=r"step 6: .*not finite, 4 times in a row, at learning rate 1.00e-03.*lower train.learning_rate"):
+    with pytest.raises(
+        RunError, match=r"step 6: .*not finite, 4 times in a row, at learning rate 1.00e-03.*lower train.learning_rate"
+    ):
         loop_with(recipe(), {2, 3, 4, 5}, [])
 
 
@@ -248,7 +276,9 @@ def test_precisions_all_train(recipe: MakeRecipe) -> None:
         assert losses[precision] != losses["float32"]
 
 
-@pytest.mark.parametrize(("kind", "end"), [("linear", 1 / 90), ("cosine", 0.5 * (1 + math.cos(math.pi * 89 / 90))), ("constant", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "end"), [("linear", 1 / 90), ("cosine", 0.5 * (1 + math.cos(math.pi * 89 / 90))), ("constant", 1.0)]
+)
 def test_schedules_follow_their_formula(kind: str, end: float) -> None:
     factor = optim.schedule(kind, 0.1, 100)
     assert [factor(s) for s in range(10)] == pytest.approx([(s + 1) / 11 for s in range(10)])
@@ -259,7 +289,7 @@ def test_schedules_follow_their_formula(kind: str, end: float) -> None:
 
 
 def test_adamw_takes_decay_from_vectors(recipe: MakeRecipe) -> None:
-    model = finetune.prepare(recipe(), **QUIET).loaded.model
+    model = prepare.prepare(recipe(), **QUIET).loaded.model
     plain = {n: g["weight_decay"] for g in freeze.groups(model, 1e-3, 0.1) for n in g["names"]}
     assert plain["classifier.weight"] == 0.1
     assert plain["classifier.bias"] == plain["bert.embeddings.LayerNorm.weight"] == 0.0
@@ -267,7 +297,7 @@ def test_adamw_takes_decay_from_vectors(recipe: MakeRecipe) -> None:
 
 
 def test_evaluation_leaves_modes_and_random_state(recipe: MakeRecipe) -> None:
-    ready = finetune.prepare(recipe(), **QUIET)
+    ready = prepare.prepare(recipe(), **QUIET)
     model = ready.loaded.model.train()
     model.bert.encoder.layer[0].eval()
     before, state = [m.training for m in model.modules()], torch.get_rng_state()
@@ -276,7 +306,9 @@ def test_evaluation_leaves_modes_and_random_state(recipe: MakeRecipe) -> None:
     assert [m.training for m in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
     for tokens in (1, 64, 5000):  # however it is batched: padding changes nothing
-        assert evaluate.outputs(model, ready.task, ready.encoded["test"], **{**how, "tokens": tokens}) == pytest.approx(first, abs=1e-6)
+        assert evaluate.outputs(model, ready.task, ready.encoded["test"], **{**how, "tokens": tokens}) == pytest.approx(
+            first, abs=1e-6
+        )
 
 
 def test_checkpoints_verify_fall_back_and_prune(recipe: MakeRecipe) -> None:
@@ -297,7 +329,7 @@ def test_checkpoints_verify_fall_back_and_prune(recipe: MakeRecipe) -> None:
 
 def test_the_optimizer_comes_back_whole(recipe: MakeRecipe) -> None:
     run(recipe(), "r")
-    ready = finetune.prepare(recipe(), **QUIET)
+    ready = prepare.prepare(recipe(), **QUIET)
     first = optim.adamw(freeze.groups(ready.loaded.model, 1e-2, 0.01), [0.9, 0.999], 1e-8)
     path = checkpoint.newest(Path("r/checkpoints"))
     assert path

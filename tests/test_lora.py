@@ -9,7 +9,7 @@ from conftest import MakeRecipe
 from safetensors.torch import load_file
 from torch import nn
 
-from engine import finetune
+from engine import find, finetune, prepare
 from engine.errors import InputError
 from engine.tune import lora
 
@@ -30,8 +30,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def test_at_init_the_model_is_the_base_and_only_lora_and_head_train(recipe: MakeRecipe) -> None:
-    plain = finetune.prepare(recipe(), **QUIET).loaded.model
-    adapted = finetune.prepare(recipe("tune.method=lora"), **QUIET).loaded.model
+    plain = prepare.prepare(recipe(), **QUIET).loaded.model
+    adapted = prepare.prepare(recipe("tune.method=lora"), **QUIET).loaded.model
     assert torch.equal(logits(adapted), logits(plain))
     training = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert len(training) == 2 * 2 * 2 + 2
@@ -39,16 +39,16 @@ def test_at_init_the_model_is_the_base_and_only_lora_and_head_train(recipe: Make
 
 
 def test_the_base_is_bit_equal_after_training(recipe: MakeRecipe) -> None:
-    before = {n: p.clone() for n, p in finetune.prepare(recipe(), **QUIET).loaded.model.named_parameters()}
-    ready = finetune.prepare(recipe("tune.method=lora", "tune.r=3"), **QUIET)
+    before = {n: p.clone() for n, p in prepare.prepare(recipe(), **QUIET).loaded.model.named_parameters()}
+    ready = prepare.prepare(recipe("tune.method=lora", "tune.r=3"), **QUIET)
     saved: list[dict[str, torch.Tensor]] = []
-    keep = finetune.find.module("tune", "lora", "").save
+    keep = find.module("tune", "lora", "").save
 
     def watch(model: nn.Module, *rest: object) -> None:
         saved.append({n: p.detach().clone() for n, p in model.named_parameters()})
         keep(model, *rest)
 
-    module = finetune.find.module("tune", "lora", "")
+    module = find.module("tune", "lora", "")
     module.save = watch
     try:
         finetune.finetune(ready.recipe, "r", **QUIET)
@@ -65,12 +65,16 @@ def test_the_adapter_loads_in_peft_and_the_merged_model_computes_the_same(recipe
     peft = pytest.importorskip("peft", reason="peft is a rival to compare with, not a dependency")
     from transformers import AutoModelForSequenceClassification
 
-    finetune.finetune(recipe("tune={method: lora, r: 4, alpha: 6, dropout: 0.1, at: ['**.{query,key,value}', '**.dense']}"), "r", **QUIET)
+    finetune.finetune(
+        recipe("tune={method: lora, r: 4, alpha: 6, dropout: 0.1, at: ['**.{query,key,value}', '**.dense']}"), "r", **QUIET
+    )
     merged = AutoModelForSequenceClassification.from_pretrained("r/model")
     base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
     theirs = peft.PeftModel.from_pretrained(base, "r/adapter")
     assert torch.allclose(logits(theirs), logits(merged), atol=1e-5)
-    assert not torch.allclose(logits(merged), logits(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)), atol=1e-2)
+    assert not torch.allclose(
+        logits(merged), logits(AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)), atol=1e-2
+    )
     config = json.loads(Path("r/adapter/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 6, ["classifier"])
 
@@ -93,7 +97,10 @@ def test_merged_equals_unmerged_and_the_formula(kind: str) -> None:
 
 
 def test_targets_that_match_nothing_or_are_not_linear(recipe: MakeRecipe) -> None:
-    for at, said in (("'**.qurey'", "'\\*\\*.qurey' matches no module of this model; nearest are: .*query"), ("'**.LayerNorm'", "lora adapts linear layers")):
+    for at, said in (
+        ("'**.qurey'", "'\\*\\*.qurey' matches no module of this model; nearest are: .*query"),
+        ("'**.LayerNorm'", "lora adapts linear layers"),
+    ):
         with pytest.raises(InputError, match=said) as error:
             finetune.finetune(recipe(f"tune={{method: lora, at: [{at}]}}"), "r", **QUIET)
         assert "tune.at" in str(error.value)
@@ -104,12 +111,17 @@ def test_the_run_keeps_only_what_trains_in_its_checkpoints(recipe: MakeRecipe) -
     finetune.finetune(recipe("tune.method=lora"), "r", **QUIET)
     newest = sorted(Path("r/checkpoints").glob("step-*"))[-1]
     names = load_file(newest / "weights.safetensors").keys()
-    assert {n.rpartition(".")[2] for n in names if "classifier" not in n} <= {"lora_A", "lora_B", "position_ids", "token_type_ids"}
+    assert {n.rpartition(".")[2] for n in names if "classifier" not in n} <= {
+        "lora_A",
+        "lora_B",
+        "position_ids",
+        "token_type_ids",
+    }
 
 
 def test_last_n_and_bitfit_freeze_the_rest(recipe: MakeRecipe) -> None:
     def training(*options: str) -> set[str]:
-        model = finetune.prepare(recipe(*options), **QUIET).loaded.model
+        model = prepare.prepare(recipe(*options), **QUIET).loaded.model
         return {n for n, p in model.named_parameters() if p.requires_grad}
 
     one = training("tune={method: last_n, n: 1}")

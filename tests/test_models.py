@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MakeRecipe
 
-from engine import finetune, models
+from engine import finetune, models, prepare
 from engine.errors import InputError
 
 QUIET = {"say": lambda line: None}
@@ -49,7 +49,14 @@ def test_what_nothing_serves_is_said_at_once_with_three_ways_out() -> None:
     with pytest.raises(InputError) as error:
         models.find("google-bert/bert-huge-unheard", None, False, WHERE)
     assert time.perf_counter() - start < 8
-    for said in (WHERE, "no folder google-bert/bert-huge-unheard", "not in the hub's cache", "the hub cannot be reached", "Three ways out", models.EMBEDDED):
+    for said in (
+        WHERE,
+        "no folder google-bert/bert-huge-unheard",
+        "not in the hub's cache",
+        "the hub cannot be reached",
+        "Three ways out",
+        models.EMBEDDED,
+    ):
         assert said in str(error.value)
 
 
@@ -113,7 +120,7 @@ def test_the_embedded_wheel_serves_its_own_name_alone(tmp_path: Path, monkeypatc
 
 
 def test_the_head_and_what_is_fresh_are_found(recipe: MakeRecipe) -> None:
-    ready = finetune.prepare(recipe(), **QUIET)
+    ready = prepare.prepare(recipe(), **QUIET)
     assert ready.loaded.fresh == ["classifier.bias", "classifier.weight"]
     assert ready.head == ["classifier"]
 
@@ -144,4 +151,4 @@ def test_stacks_of_all_architectures_are_found(architecture: str) -> None:
 
 def test_a_longer_text_than_the_model_has_positions_is_an_error(recipe: MakeRecipe) -> None:
     with pytest.raises(InputError, match="data.max_length=65 is more than this model's 64 positions"):
-        finetune.prepare(recipe("data.max_length=65"), **QUIET)
+        prepare.prepare(recipe("data.max_length=65"), **QUIET)

@@ -51,12 +51,17 @@ def test_what_is_no_recipe_is_refused_with_its_line(text: str, said: str) -> Non
 
 def test_all_errors_come_at_once_with_line_key_and_hint(tmp_path: Path) -> None:
     text = BASE.format(model="x").replace("learning_rate: 1e-2", "learnin_rate: 1e-2").replace("epochs: 2", "epochs: two")
-    text = text.replace("max_length: 48", "max_length: 1").replace("model:\n", "modle: 1\nmodel:\n") + "early_stopping: {monitor: loss, patence: 2}\n"
+    text = (
+        text.replace("max_length: 48", "max_length: 1").replace("model:\n", "modle: 1\nmodel:\n")
+        + "early_stopping: {monitor: loss, patence: 2}\n"
+    )
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(InputError) as error:
         load(str(tmp_path / "bad.yaml"))
     lines = str(error.value).splitlines()
-    numbers = {part: i for i, line in enumerate(text.splitlines(), 1) for part in line.replace("{", "").split() if part.endswith(":")}
+    numbers = {
+        part: i for i, line in enumerate(text.splitlines(), 1) for part in line.replace("{", "").split() if part.endswith(":")
+    }
     for key, said in (
         ("train.learnin_rate", "unknown key; did you mean 'learning_rate'?"), ("train.epochs", "a whole number is needed, not 'two'"),
         ("data.max_length", "greater than or equal to 4"), ("modle", "did you mean 'model'?"), ("early_stopping.patence", "did you mean 'patience'?"),
@@ -120,9 +125,13 @@ def test_offline_without_a_block_is_an_error(recipe: MakeRecipe) -> None:
 def test_describe_knows_every_key_with_a_meaning() -> None:
     rows = describe()
     keys = [key for key, *_ in rows]
-    assert {"task", "model.name", "data.train", "swap[].at", "tune.method", "tune.r", "train.clip", "checkpoint.keep"} <= set(keys)
+    assert {"task", "model.name", "data.train", "swap[].at", "tune.method", "tune.r", "train.clip", "checkpoint.keep"} <= set(
+        keys
+    )
     assert all(meaning for _, _, _, meaning in rows)
-    assert {f"({name}) " for name in find.names("tune") if name not in ("full", "bitfit")} <= {m[: m.find(")") + 2] for *_, m in rows if m.startswith("(")}
+    assert {f"({name}) " for name in find.names("tune") if name not in ("full", "bitfit")} <= {
+        m[: m.find(")") + 2] for *_, m in rows if m.startswith("(")
+    }
 
 
 def test_every_shipped_recipe_is_valid_and_begins_with_a_headline() -> None:

@@ -54,7 +54,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_even_beside_one_that_does() 
 
 def test_nothing_changes_when_one_layer_cannot_be_built() -> None:
     net = Net()
-    before = list(net.layer)[0].query
+    before = next(iter(net.layer)).query
 
     def build(old: nn.Module, path: str) -> nn.Module:
         if path == "layer.2.query":
@@ -70,7 +70,9 @@ def test_modes_dtypes_and_accounts() -> None:
     net = Net().double()
     net.layer[1].eval()
     done = swap.swap(net, ["**.query"], lambda old, path: nn.Linear(4, 4, bias=False), weights="keep")
-    assert [(s.path, s.kept, s.fresh, s.dropped) for s in done] == [(f"layer.{i}.query", ["weight"], [], ["bias"]) for i in range(3)]
+    assert [(s.path, s.kept, s.fresh, s.dropped) for s in done] == [
+        (f"layer.{i}.query", ["weight"], [], ["bias"]) for i in range(3)
+    ]
     assert [b.query.training for b in net.layer] == [True, False, True]
     assert {b.query.weight.dtype for b in net.layer} == {torch.float64}
 
@@ -138,7 +140,7 @@ def test_a_layer_of_ones_own_trains_predicts_and_is_guarded(recipe: MakeRecipe, 
     result = finetune.finetune(made, "r", **QUIET)
     assert result.metrics["test"]["accuracy"] > 0.6
     run = open_run("r")
-    gains = [float(p) for n, p in run.model.named_parameters() if n.endswith("gain")]
+    gains = [p.item() for n, p in run.model.named_parameters() if n.endswith("gain")]
     assert len(gains) == 2
     assert all(g != 1.0 for g in gains)
     again = evaluate_run("r", "test.jsonl", [], as_json=True)

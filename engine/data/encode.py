@@ -57,8 +57,14 @@ class Encoded:
         return out
 
 
-def encode(task: Any, rows: list[Row], tokenizer: Any, max_length: int, cache: Path | None,
-           interrupted: Callable[[], bool] = lambda: False) -> Encoded:
+def encode(
+    task: Any,
+    rows: list[Row],
+    tokenizer: Any,
+    max_length: int,
+    cache: Path | None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Encoded:
     """`rows` as the task sees them, tokenised; from `cache` when the same thing was tokenised before."""
     path = cache / f"{_key(task, rows, tokenizer, max_length)}.arrow" if cache else None
     padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, "labels": -100}

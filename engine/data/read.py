@@ -16,7 +16,15 @@ from engine.errors import InputError, listing
 from engine.find import locate
 
 Row = dict[str, Any]
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "txt"}
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "txt",
+}
 csv.field_size_limit(1 << 27)  # a document may be one field
 
 
@@ -35,8 +43,15 @@ class Table:
         return Table([self.rows[i] for i in index], [self.places[i] for i in index], self.sources)
 
 
-def read(sources: list[str], where: str, *, folders: tuple[Path, ...] = (), format: str | None = None,
-         names: list[str] | None = None, quoting: str = "auto") -> Table:
+def read(
+    sources: list[str],
+    where: str,
+    *,
+    folders: tuple[Path, ...] = (),
+    format: str | None = None,
+    names: list[str] | None = None,
+    quoting: str = "auto",
+) -> Table:
     """All rows of `sources`, files or hub:OWNER/NAME[/CONFIG]#SPLIT, in order. `where` is the recipe's key in errors."""
     table = Table([], [], {})
     for source in sources:
@@ -51,7 +66,9 @@ def read(sources: list[str], where: str, *, folders: tuple[Path, ...] = (), form
         kind = format or FORMATS.get(path.suffix.lower())
         if kind is None:
             known = ", ".join(sorted(FORMATS))
-            raise InputError(f"{where}: {source}: the ending '{path.suffix}' names no format; set data.format, or rename it to one of {known}")
+            raise InputError(
+                f"{where}: {source}: the ending '{path.suffix}' names no format; set data.format, or rename it to one of {known}"
+            )
         before = len(table)
         if kind == "parquet":
             _read_parquet(path, source, table)
@@ -132,7 +149,7 @@ def _json(text: str, name: str, names: Any, quotes: bool) -> Iterator[tuple[int,
 
 def _separated(separator: str) -> Any:
     def rows(text: str, name: str, names: list[str] | None, quotes: bool) -> Iterator[tuple[int, Row]]:
-        style = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        style: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=style, strict=quotes)
         header = names
         problems: list[str] = []
@@ -154,7 +171,9 @@ def _separated(separator: str) -> Any:
                     raise InputError(f"{name}:{start}: the column '{twice[0]}' stands twice in the header")
                 continue
             if len(fields) != len(header):
-                problems.append(f"{name}:{start}: {len(fields)} fields where the header has {len(header)}; a separator or a quote is missing or too many")
+                problems.append(
+                    f"{name}:{start}: {len(fields)} fields where the header has {len(header)}; a separator or a quote is missing or too many"
+                )
                 continue
             yield start, dict(zip(header, fields, strict=True))
         if problems:

@@ -10,6 +10,7 @@ sorted by length before it is cut, so that little padding is computed.
 Because order and cut are pure functions, going on in the middle of an epoch is `epoch(n, skip=k)`: slicing.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ class Window:
 class Windows:
     """The windows of one split. `items(batch)` counts what the task's loss sums over."""
 
-    def __init__(self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int):
+    def __init__(
+        self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int, packed: bool = False
+    ):
         self.encoded, self.items, self.batch_size, self.tokens, self.seed = encoded, items, batch_size, tokens, seed
+        self.packed = packed  # whether the model packs rows, so that padding costs nothing
         self.per_epoch = math.ceil(len(encoded) / batch_size)
 
     def order(self, epoch: int) -> Array:
@@ -52,19 +56,29 @@ class Windows:
             yield self.window(order[start : start + self.batch_size])
 
     def window(self, rows: Array) -> Window:
-        batches = [self.encoded.batch(part) for part in cut(rows, self.encoded.lengths[rows], self.tokens)]
+        batches = [self.encoded.batch(part) for part in cut(rows, self.encoded.lengths[rows], self.tokens, self.packed)]
         return Window(rows, batches, sum(map(self.items, batches)), int(self.encoded.lengths[rows].sum()))
 
 
-def cut(rows: Array, lengths: Array, budget: int) -> list[Array]:
-    """`rows` sorted by length and cut so that each part, padded to its longest, holds at most `budget` tokens.
+def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[Array]:
+    """`rows` sorted by length and cut so that each part holds at most `budget` tokens: padded to its longest, or its own
+    tokens alone when rows are packed.
 
-    Among all such cuts the cheapest is taken, by dynamic programming over the sorted lengths: cost of a part = its
+    Among all padded cuts the cheapest is taken, by dynamic programming over the sorted lengths: cost of a part = its
     padded tokens + OVERHEAD. A single row above the budget is a part of its own.
     """
     by_length = np.argsort(lengths, kind="stable")
     sizes = lengths[by_length].astype(np.int64)
     n = len(sizes)
+    if packed:
+        ends, held = [n], 0
+        for i in range(n - 1, -1, -1):  # from the longest down: a part is full when the next row would not fit
+            if held and held + sizes[i] > budget:
+                ends.append(i + 1)
+                held = 0
+            held += int(sizes[i])
+        bounds = [0, *ends[::-1]]
+        return [rows[by_length[a:b]] for a, b in itertools.pairwise(bounds)]
     best = np.zeros(n + 1, dtype=np.int64)  # best[j]: the least cost of the first j rows
     start = np.zeros(n + 1, dtype=np.int64)  # where the last part of that cut begins
     for j in range(1, n + 1):
@@ -72,11 +86,11 @@ def cut(rows: Array, lengths: Array, budget: int) -> list[Array]:
         costs = best[lowest:j] + (j - np.arange(lowest, j)) * sizes[j - 1] + OVERHEAD
         start[j] = lowest + int(np.argmin(costs))
         best[j] = costs.min()
-    parts, j = [], n
+    made, j = [], n
     while j > 0:
-        parts.append(rows[by_length[start[j] : j]])
+        made.append(rows[by_length[start[j] : j]])
         j = int(start[j])
-    return parts[::-1]
+    return made[::-1]
 
 
 def in_order(encoded: Encoded, tokens: int) -> Iterator[tuple[Array, Batch]]:
@@ -98,8 +112,8 @@ def describe_plan(windows: Windows, epochs: int, max_steps: int | None) -> dict[
     padded = parts = 0
     for start in range(0, len(order), windows.batch_size):
         rows = order[start : start + windows.batch_size]
-        for part in cut(rows, lengths[rows], windows.tokens):
-            padded += len(part) * int(lengths[part].max())
+        for part in cut(rows, lengths[rows], windows.tokens, windows.packed):
+            padded += int(lengths[part].sum()) if windows.packed else len(part) * int(lengths[part].max())
             parts += 1
     steps = windows.per_epoch * epochs
     return {

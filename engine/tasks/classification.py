@@ -27,12 +27,16 @@ class Task:
     peft_type = "SEQ_CLS"
 
     def __init__(self, columns: dict[str, str], labels: list[str] | None = None):
-        unknown = [f"data.columns.{c}: {type(self).__module__.rpartition('.')[2]} reads no '{c}'{nearest(c, self.roles)}"
-                   for c in columns if c not in self.roles]
+        unknown = [
+            f"data.columns.{c}: {type(self).__module__.rpartition('.')[2]} reads no '{c}'{nearest(c, self.roles)}"
+            for c in columns
+            if c not in self.roles
+        ]
         if unknown:
             raise InputError("\n".join(unknown))
-        self.columns = {role: columns.get(role, role) for role, need in self.roles.items()
-                        if need != "optional" or role in columns}
+        self.columns = {
+            role: columns.get(role, role) for role, need in self.roles.items() if need != "optional" or role in columns
+        }
         self.labels = labels or []
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -74,7 +78,10 @@ class Task:
             if label is None:
                 return "missing label", f"column '{name}' has no label"
             if self.labels and label not in self._ids():
-                return "unknown label", f"column '{name}': the label '{label}' is not in the training set{nearest(label, self.labels)}"
+                return (
+                    "unknown label",
+                    f"column '{name}': the label '{label}' is not in the training set{nearest(label, self.labels)}",
+                )
         return None
 
     def text_of(self, row: Row) -> str:

@@ -113,10 +113,23 @@ def save(model: Any, folder: Path, options: Options, head: list[str], base: dict
             tensors[f"base_model.model.{path}.{name}"] = parameter
     layers = adapted(model)
     config = {
-        "peft_type": "LORA", "task_type": base["task_type"], "base_model_name_or_path": base["name"], "revision": base["revision"],
-        "r": options.r, "lora_alpha": options.alpha, "lora_dropout": options.dropout, "target_modules": sorted(layers),
-        "modules_to_save": head, "bias": "none", "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
-        "use_dora": False, "fan_in_fan_out": any(m.transposed for m in layers.values()),
+        "peft_type": "LORA",
+        "task_type": base["task_type"],
+        "base_model_name_or_path": base["name"],
+        "revision": base["revision"],
+        "r": options.r,
+        "lora_alpha": options.alpha,
+        "lora_dropout": options.dropout,
+        "target_modules": sorted(layers),
+        "modules_to_save": head,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": any(m.transposed for m in layers.values()),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+    )

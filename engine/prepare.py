@@ -1,0 +1,200 @@
+"""From a recipe to everything that a run needs, before it begins.
+
+    recipe -> data -> task -> model -> swap -> tune -> freeze -> tokens -> windows
+
+The order is law: layers are swapped before anything is frozen, and frozen before anything reaches the optimizer.
+Nothing is written but the token cache, so whatever is wrong with recipe, data or model is found before a run folder
+exists. `check`, `layers` and `finetune` all begin here.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import find, freeze, metrics, models, optim, seeds, swap
+from engine.data import encode, read, rows, windows
+from engine.errors import InputError
+from engine.fast import packing
+from engine.recipe import Recipe
+
+tell = functools.partial(print, flush=True)
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass
+class Prepared:
+    """Everything a run needs, before it begins."""
+
+    recipe: Recipe
+    task: Any
+    splits: dict[str, rows.Split]
+    facts: dict[str, Any]
+    encoded: dict[str, encode.Encoded]
+    loaded: models.Loaded
+    head: list[str]
+    swapped: list[swap.Swapped]
+    coverage: str
+    windows: windows.Windows
+    steps: int
+    device: torch.device
+    precision: str
+    metrics: list[str]
+    packed: str
+    notes: list[str]
+
+
+def prepare(recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Callable[[], bool] = lambda: False) -> Prepared:
+    """Read, check, encode, load, swap, freeze. Raises InputError; writes nothing but the token cache."""
+    folders = (recipe.path.parent,)
+    notes: list[str] = []
+
+    # data and task
+    task_class = find.module("tasks", recipe.task, recipe.where("task")).Task
+    try:
+        task = task_class(recipe.data.columns, recipe.data.labels)
+    except InputError as error:
+        raise InputError(f"{recipe.where('data.columns')}: {error}") from error
+    splits = _splits(recipe, task, folders, notes)
+    facts = rows.facts(splits, task)
+    for name, fact in facts.items():
+        leaks = {key.removeprefix("also_in_"): n for key, n in fact.items() if key.startswith("also_in_") and n}
+        notes += [
+            f"{n} texts of {name} also stand in {other}: the score on {name} is too good by that" for other, n in leaks.items()
+        ]
+    names = recipe.evaluate.metrics or task.default_metrics
+    metrics.check(names, recipe.where("evaluate.metrics"), len(task.labels))
+    if recipe.early_stopping and recipe.early_stopping.monitor not in (*names, "loss"):
+        raise recipe.error(
+            "early_stopping.monitor", f"'{recipe.early_stopping.monitor}' is not among the metrics {', '.join(names)}, loss"
+        )
+
+    # model, then the layers swapped in, then what trains
+    device = models.device_of(recipe.train.device, recipe.where("train.device"))
+    where = f"{recipe.where('model.name')}: model.name"
+    source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, folders)
+    seeds.seed_all(recipe.seed)  # the head's fresh weights belong to the seed
+    loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
+    head = models.head_of(loaded.model, loaded.fresh)
+    swapped = swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
+    try:
+        line = find.module("tune", recipe.tune.method, recipe.where("tune.method")).apply(loaded.model, recipe.tune, head)
+    except InputError as error:
+        raise InputError(f"{recipe.where('tune')}: {error}") from error
+    stuck = freeze.fresh_and_frozen(loaded.model, loaded.fresh, swapped)
+    if stuck:
+        raise recipe.error(
+            "tune", f"{len(stuck)} fresh parameters are frozen and would stay random, such as {stuck[0]}; let them train"
+        )
+    trains, total = models.count(loaded.model)
+    coverage = f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
+    loaded.model.to(device)
+
+    # tokens and windows
+    cache = Path(recipe.data.cache)
+    encoded = {
+        name: encode.encode(task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
+        for name, split in splits.items()
+    }
+    for name, tokens in encoded.items():
+        cut = int(tokens.scalars["truncated"].sum())
+        facts[name]["tokens"] = {
+            "mean": round(float(tokens.lengths.mean()), 1), "longest": int(tokens.lengths.max()), "truncated": cut,
+        }  # fmt: skip
+        if cut > 0.05 * len(tokens):
+            notes.append(f"{cut} of {len(tokens)} texts of {name} were cut at data.max_length={recipe.data.max_length}")
+    budget = recipe.train.micro_batch_tokens
+    if budget == "auto":
+        budget = 1024 if device.type == "cpu" else 16384  # a CPU's caches like small batches, a GPU large ones
+    packer, packed = None, "rows are not packed: train.packing is false"
+    if recipe.train.packing:
+        first = encoded["train"].batch(np.argsort(encoded["train"].lengths)[[0, 1, -1]])
+        packer, packed = packing.install(loaded.model, {k: v.to(device) for k, v in first.items() if k in INPUTS})
+    made = windows.Windows(
+        encoded["train"],
+        task.items,
+        batch_size=recipe.train.batch_size,
+        tokens=int(budget),
+        seed=recipe.seed,
+        packed=packer is not None,
+    )
+    steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or math.inf)
+    kind = optim.precision(recipe.train.precision, device)
+
+    say(
+        f"data    {'  '.join(f'{name} {len(split):,}' for name, split in splits.items())} examples; labels: {', '.join(task.labels)}"
+    )
+    say(f"model   {recipe.model.name} ({source.origin}), {total / 1e6:.1f} M parameters; fresh: {', '.join(head)}")
+    for one in summed(swapped):
+        say(f"swap    {one}")
+    say(f"tune    {coverage}")
+    say(
+        f"train   {recipe.train.epochs} epochs x {made.per_epoch} windows of {recipe.train.batch_size} = {steps} steps, {kind} on {device}; {packed}"
+    )
+    for note in notes:
+        say(f"note    {note}")
+    return Prepared(
+        recipe,
+        task,
+        splits,
+        facts,
+        encoded,
+        loaded,
+        head,
+        swapped,
+        coverage,
+        made,
+        int(steps),
+        device,
+        kind,
+        names,
+        packed,
+        notes,
+    )
+
+
+def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, rows.Split]:
+    """train, validation, test: read, columns checked, bad rows named or dropped, train's labels learnt."""
+    data = recipe.data
+    options: dict[str, Any] = {"folders": folders, "format": data.format, "names": data.names, "quoting": data.quoting}
+    where = f"{recipe.where('data.columns')}: data.columns"
+    sources = {"train": data.train, "validation": data.validation, "test": data.test}
+    tables = {
+        name: read.read(files, f"{recipe.where(f'data.{name}')}: data.{name}", **options)
+        for name, files in sources.items() if isinstance(files, list)
+    }  # fmt: skip
+    if data.train_limit:
+        tables["train"] = tables["train"].take(list(range(min(data.train_limit, len(tables["train"])))))
+    splits = {}
+    for name, table in tables.items():
+        rows.require_columns(table, task.columns, where)
+        if name == "train":
+            task.fit(table.rows, table.places[0].rpartition(":")[0])
+        elif note := task.adapt(table.rows):
+            notes.append(f"{name}: {note}")
+        splits[name] = rows.clean(table, task, data.bad_rows)
+    if isinstance(data.validation, float):
+        strata = [task.stratum(row) for row in splits["train"].table.rows]
+        splits["train"], splits["validation"] = rows.split_off(splits["train"], data.validation, strata, recipe.seed)
+    for name, split in splits.items():
+        if split.dropped:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in split.dropped.items())
+            notes.append(
+                f"{name}: {split.read:,} rows read = {len(split):,} used + {sum(split.dropped.values()):,} dropped ({reasons})"
+            )
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def summed(swapped: list[swap.Swapped]) -> list[str]:
+    """Equal swaps as one line: 6 x Linear[384, 384] -> Mine[384, 384], kept weight, fresh gate."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for s in swapped:
+        key = (s.old, s.new, ", ".join(s.kept) or "nothing", ", ".join(s.fresh) or "nothing", ", ".join(s.dropped) or "nothing")
+        groups.setdefault(key, []).append(s.path)
+    return [f"{len(p)} x {k[0]} -> {k[1]} ({p[0]}{' ...' if len(p) > 1 else ''}); kept {k[2]}; fresh {k[3]}; dropped {k[4]}"
+            for k, p in groups.items()]  # fmt: skip
