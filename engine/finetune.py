@@ -65,26 +65,16 @@ def finetune(
     progress = Progress()
     if folder is None:
         folder = runs.create(recipe, out)
-        about = {
-            "name": recipe.model.name,
-            "revision": recipe.model.revision,
-            "origin": ready.loaded.source.origin,
-            "sha256": ready.loaded.sha256,
-        }
+        m, source = recipe.model, ready.loaded.source
+        about = {"name": m.name, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
         sources = {name: digest for split in ready.splits.values() for name, digest in split.table.sources.items()}
         runs.write_start(folder, recipe, runs.environment(recipe.name, str(ready.device), sources, about, recipe.seed))
         log = Log(folder / "log.jsonl")
         log({"event": "data", "splits": ready.facts})
         log({"event": "model", **about, "coverage": ready.coverage, "head": ready.head, "swap": summed(ready.swapped)})
-        log(
-            {
-                "event": "plan",
-                "precision": ready.precision,
-                "packing": ready.packed,
-                "device": str(ready.device),
-                **windows.describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps),
-            }
-        )
+        plan = windows.describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
+        how_fast = {"metrics": ready.metrics, "precision": ready.precision, "packing": ready.packed, "device": str(ready.device)}
+        log({"event": "plan", **how_fast, **plan})
         for note in ready.notes:
             log({"event": "note", "note": note})
     else:

@@ -8,7 +8,6 @@ exists. `check`, `layers` and `finetune` all begin here.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,32 +49,69 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Callable[[], bool] = lambda: False) -> Prepared:
-    """Read, check, encode, load, swap, freeze. Raises InputError; writes nothing but the token cache."""
+    """Read, check, load, swap, freeze, encode. Raises InputError; writes nothing but the token cache."""
     folders = (recipe.path.parent,)
     notes: list[str] = []
-
-    # data and task
-    task_class = find.module("tasks", recipe.task, recipe.where("task")).Task
-    try:
-        task = task_class(recipe.data.columns, recipe.data.labels)
-    except InputError as error:
-        raise InputError(f"{recipe.where('data.columns')}: {error}") from error
+    task = _task(recipe)
     splits = _splits(recipe, task, folders, notes)
     facts = rows.facts(splits, task)
-    for name, fact in facts.items():
-        leaks = {key.removeprefix("also_in_"): n for key, n in fact.items() if key.startswith("also_in_") and n}
-        notes += [
-            f"{n} texts of {name} also stand in {other}: the score on {name} is too good by that" for other, n in leaks.items()
-        ]
-    names = recipe.evaluate.metrics or task.default_metrics
-    metrics.check(names, recipe.where("evaluate.metrics"), len(task.labels))
-    if recipe.early_stopping and recipe.early_stopping.monitor not in (*names, "loss"):
-        raise recipe.error(
-            "early_stopping.monitor", f"'{recipe.early_stopping.monitor}' is not among the metrics {', '.join(names)}, loss"
-        )
-
-    # model, then the layers swapped in, then what trains
+    names = _metrics(recipe, task)
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
+    loaded, head, swapped, coverage = _model(recipe, task, folders)
+    loaded.model.to(device)
+    encoded = {
+        name: encode.encode(
+            task, split.table.rows, loaded.tokenizer, recipe.data.max_length, Path(recipe.data.cache), interrupted
+        )
+        for name, split in splits.items()
+    }
+    notes += _look_at(facts, encoded, recipe.data.max_length)
+    made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
+    steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
+    kind = optim.precision(recipe.train.precision, device)
+    ready = Prepared(
+        recipe, task, splits, facts, encoded, loaded, head, swapped, coverage, made, steps, device, kind, names, packed, notes
+    )
+    announce(ready, say)
+    return ready
+
+
+def announce(ready: Prepared, say: Callable[[str], None]) -> None:
+    """What is about to happen, a line for each stage of the data's way."""
+    t, total = ready.recipe.train, models.count(ready.loaded.model)[1]
+    sizes = "  ".join(f"{name} {len(split):,}" for name, split in ready.splits.items())
+    say(f"data    {sizes} examples; labels: {', '.join(ready.task.labels)}")
+    origin = ready.loaded.source.origin
+    say(f"model   {ready.recipe.model.name} ({origin}), {total / 1e6:.1f} M parameters; head: {', '.join(ready.head)}")
+    for one in summed(ready.swapped):
+        say(f"swap    {one}")
+    say(f"tune    {ready.coverage}")
+    plan = f"{t.epochs} epochs x {ready.windows.per_epoch} windows of {t.batch_size}"
+    say(f"train   {plan}: {ready.steps} steps, {ready.precision} on {ready.device}; {ready.packed}")
+    for note in ready.notes:
+        say(f"note    {note}")
+
+
+def _task(recipe: Recipe) -> Any:
+    task_class = find.module("tasks", recipe.task, recipe.where("task")).Task
+    try:
+        return task_class(recipe.data.columns, recipe.data.labels)
+    except InputError as error:
+        raise InputError(f"{recipe.where('data.columns')}: {error}") from error
+
+
+def _metrics(recipe: Recipe, task: Any) -> list[str]:
+    """The headline metrics, checked, and that early stopping watches one of them."""
+    names: list[str] = recipe.evaluate.metrics or task.default_metrics
+    metrics.check(names, recipe.where("evaluate.metrics"), len(task.labels))
+    stop = recipe.early_stopping
+    if stop and stop.monitor not in (*names, "loss"):
+        raise recipe.error("early_stopping.monitor", f"'{stop.monitor}' is not among the metrics {', '.join(names)}, loss")
+    return names
+
+
+def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models.Loaded, list[str], list[swap.Swapped], str]:
+    """The pretrained model, then the layers swapped in, then what trains: (loaded, head, swapped, coverage line)."""
     where = f"{recipe.where('model.name')}: model.name"
     source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, folders)
     seeds.seed_all(recipe.seed)  # the head's fresh weights belong to the seed
@@ -88,74 +124,39 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Call
         raise InputError(f"{recipe.where('tune')}: {error}") from error
     stuck = freeze.fresh_and_frozen(loaded.model, loaded.fresh, swapped)
     if stuck:
-        raise recipe.error(
-            "tune", f"{len(stuck)} fresh parameters are frozen and would stay random, such as {stuck[0]}; let them train"
-        )
+        problem = f"{len(stuck)} fresh parameters are frozen and would stay random, such as {stuck[0]}; let them train"
+        raise recipe.error("tune", problem)
     trains, total = models.count(loaded.model)
-    coverage = f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
-    loaded.model.to(device)
+    return loaded, head, swapped, f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
 
-    # tokens and windows
-    cache = Path(recipe.data.cache)
-    encoded = {
-        name: encode.encode(task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
-        for name, split in splits.items()
-    }
+
+def _look_at(facts: dict[str, Any], encoded: dict[str, encode.Encoded], max_length: int) -> list[str]:
+    """Add the lengths to the facts; returns what a user should know about leaks and cut texts."""
+    notes = []
     for name, tokens in encoded.items():
-        cut = int(tokens.scalars["truncated"].sum())
-        facts[name]["tokens"] = {
-            "mean": round(float(tokens.lengths.mean()), 1), "longest": int(tokens.lengths.max()), "truncated": cut,
-        }  # fmt: skip
+        fact, cut = facts[name], int(tokens.scalars["truncated"].sum())
+        mean, longest = round(float(tokens.lengths.mean()), 1), int(tokens.lengths.max())
+        fact["tokens"] = {"mean": mean, "longest": longest, "truncated": cut}
         if cut > 0.05 * len(tokens):
-            notes.append(f"{cut} of {len(tokens)} texts of {name} were cut at data.max_length={recipe.data.max_length}")
+            notes.append(f"{cut} of {len(tokens)} texts of {name} were cut at data.max_length={max_length}")
+        for key, n in fact.items():
+            if key.startswith("also_in_") and n:
+                other = key.removeprefix("also_in_")
+                notes.append(f"{n} texts of {name} also stand in {other}: the score on {name} is too good by that")
+    return notes
+
+
+def _windows(recipe: Recipe, task: Any, model: Any, train: encode.Encoded, device: torch.device) -> tuple[windows.Windows, str]:
+    """The windows of train, and what was found about packing."""
     budget = recipe.train.micro_batch_tokens
     if budget == "auto":
         budget = 1024 if device.type == "cpu" else 16384  # a CPU's caches like small batches, a GPU large ones
     packer, packed = None, "rows are not packed: train.packing is false"
     if recipe.train.packing:
-        first = encoded["train"].batch(np.argsort(encoded["train"].lengths)[[0, 1, -1]])
-        packer, packed = packing.install(loaded.model, {k: v.to(device) for k, v in first.items() if k in INPUTS})
-    made = windows.Windows(
-        encoded["train"],
-        task.items,
-        batch_size=recipe.train.batch_size,
-        tokens=int(budget),
-        seed=recipe.seed,
-        packed=packer is not None,
-    )
-    steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or math.inf)
-    kind = optim.precision(recipe.train.precision, device)
-
-    say(
-        f"data    {'  '.join(f'{name} {len(split):,}' for name, split in splits.items())} examples; labels: {', '.join(task.labels)}"
-    )
-    say(f"model   {recipe.model.name} ({source.origin}), {total / 1e6:.1f} M parameters; fresh: {', '.join(head)}")
-    for one in summed(swapped):
-        say(f"swap    {one}")
-    say(f"tune    {coverage}")
-    say(
-        f"train   {recipe.train.epochs} epochs x {made.per_epoch} windows of {recipe.train.batch_size} = {steps} steps, {kind} on {device}; {packed}"
-    )
-    for note in notes:
-        say(f"note    {note}")
-    return Prepared(
-        recipe,
-        task,
-        splits,
-        facts,
-        encoded,
-        loaded,
-        head,
-        swapped,
-        coverage,
-        made,
-        int(steps),
-        device,
-        kind,
-        names,
-        packed,
-        notes,
-    )
+        probe = train.batch(np.argsort(train.lengths)[[0, 1, -1]])  # two short ones share a row beside the longest
+        packer, packed = packing.install(model, {k: v.to(device) for k, v in probe.items() if k in INPUTS})
+    size, seed = recipe.train.batch_size, recipe.seed
+    return windows.Windows(train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None), packed
 
 
 def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, rows.Split]:

@@ -50,17 +50,23 @@ def write(folder: Path) -> Path:
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         images[name] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
     wrong = sorted((r for r in rows if r["label"] != r["prediction"]), key=lambda r: -r["loss"])
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text("utf-8")).render(
+    page = _template().render(
         folder=folder.name, recipe_text=(folder / "recipe.yaml").read_text("utf-8"), recipe=_recipe(folder), results=results,
-        environment=environment, final=final, images=images, rows=len(rows), wrong=len(wrong), mistakes=[_mistake(r) for r in wrong[:MISTAKES]],
+        environment=environment, final=final, images=images, rows=len(rows), wrong=len(wrong),
+        mistakes=[_mistake(r) for r in wrong[:MISTAKES]],
         data=by_event["data"][0]["splits"], model=by_event["model"][0], plan=by_event["plan"][0],
-        notes=[n["note"] for n in by_event.get("note", [])], kernels=[k["found"] for k in by_event.get("kernels", [])], seconds=by_event.get("finished", [{}])[-1].get("seconds"),
-        headline=list(results["intervals"].get(final, {})) if final else [], skipped=by_event.get("skipped", []),
+        notes=[n["note"] for n in by_event.get("note", [])], kernels=[k["found"] for k in by_event.get("kernels", [])],
+        seconds=by_event.get("finished", [{}])[-1].get("seconds"), headline=by_event["plan"][0]["metrics"] if final else [], skipped=by_event.get("skipped", []),
         command=" ".join(environment["command"]), resumed=by_event.get("resumed", []),
     )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page, "utf-8")
     return path
+
+
+def _template() -> jinja2.Template:
+    made = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return made.from_string(TEMPLATE.read_text("utf-8"))
 
 
 def _recipe(folder: Path) -> Any:

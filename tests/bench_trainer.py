@@ -31,7 +31,11 @@ evaluate: {{metrics: [accuracy]}}
 """)
     result = finetune(load(str(recipe)), str(out / "run"))
     interval = result.metrics["intervals"]["test"]["accuracy"]
-    print(json.dumps({"accuracy": result.metrics["test"]["accuracy"], "interval": interval, "train_loss": result.metrics["train"]["loss"]}))
+    print(
+        json.dumps(
+            {"accuracy": result.metrics["test"]["accuracy"], "interval": interval, "train_loss": result.metrics["train"]["loss"]}
+        )
+    )
 
 
 def trainer(rows: int, out: Path) -> None:

@@ -37,7 +37,11 @@ class Task:
         self.columns = {
             role: columns.get(role, role) for role, need in self.roles.items() if need != "optional" or role in columns
         }
-        self.labels = labels or []
+        self._know(labels or [])
+
+    def _know(self, labels: list[str]) -> None:
+        self.labels = labels
+        self.ids = {name: i for i, name in enumerate(labels)}  # what a file may write -> the label's id
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ class Task:
         found = {name for row in rows if (name := label_name(row.get(self.columns["label"]))) is not None}
         if not self.labels:
             numbers = all(name.lstrip("-").isdigit() for name in found)
-            self.labels = sorted(found, key=int) if numbers else sorted(found)
+            self._know(sorted(found, key=int) if numbers else sorted(found))
         if len(found) < 2:
             only = f"only '{next(iter(found))}'" if found else "none"
             raise InputError(f"{source}: column '{self.columns['label']}' holds {only}; classification needs two labels or more")
@@ -57,7 +61,7 @@ class Task:
         numbers = {str(i) for i in range(len(self.labels))}
         if not found or found & set(self.labels) or not found <= numbers:
             return None
-        self.label_ids = {**{name: i for i, name in enumerate(self.labels)}, **{str(i): i for i in range(len(self.labels))}}
+        self.ids = {number: int(number) for number in numbers} | self.ids
         return "labels are read as ids: " + ", ".join(f"{i} = {name}" for i, name in enumerate(self.labels))
 
     def problem(self, row: Row, target: bool = True) -> tuple[str, str] | None:
@@ -77,7 +81,7 @@ class Task:
             label = label_name(row.get(name))
             if label is None:
                 return "missing label", f"column '{name}' has no label"
-            if self.labels and label not in self._ids():
+            if self.labels and label not in self.ids:
                 return (
                     "unknown label",
                     f"column '{name}': the label '{label}' is not in the training set{nearest(label, self.labels)}",
@@ -92,17 +96,14 @@ class Task:
         return label_name(row[self.columns["label"]])
 
     def facts(self, rows: list[Row]) -> dict[str, Any]:
-        counts = Counter(self._ids()[name] for row in rows if (name := label_name(row.get(self.columns["label"]))) is not None)
+        counts = Counter(self.ids[name] for row in rows if (name := label_name(row.get(self.columns["label"]))) is not None)
         return {"labels": {label: counts[i] for i, label in enumerate(self.labels)}}
-
-    def _ids(self) -> dict[str, int]:
-        return getattr(self, "label_ids", None) or {name: i for i, name in enumerate(self.labels)}
 
     # -- tokens and model ---------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> Any:
         """What of the task the tokens depend on."""
-        return [self.columns, self._ids()]
+        return [self.columns, self.ids]
 
     def encode(self, rows: list[Row], tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
         """Ragged input_ids (and token_type_ids of pairs), labels where the rows have them, what was cut."""
@@ -112,7 +113,7 @@ class Task:
         out = {"input_ids": encoded["input_ids"], "truncated": [bool(e.overflowing) for e in encoded.encodings]}
         if pairs and "token_type_ids" in encoded:
             out["token_type_ids"] = encoded["token_type_ids"]
-        ids, name = self._ids(), self.columns["label"]
+        ids, name = self.ids, self.columns["label"]
         labels = [ids.get(label_name(row.get(name)) or "", -100) for row in rows]
         return {**out, "labels": labels}
 
