@@ -6,7 +6,7 @@ from engine import yaml12
 from engine.recipe import Recipe
 
 
-def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names: list[str]) -> str:
+def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names: list[str], keeps_layers: bool) -> str:
     """Markdown: what it is, how it was trained, how good it is, how to use it, what it is not for."""
     front = {
         "base_model": recipe.model.name, "library_name": "transformers", "pipeline_tag": "text-classification",
@@ -31,8 +31,11 @@ def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names
         "```",
         "",
     ]
-    if recipe.swap:
-        lines += ["This model has custom layers, so it loads through the engine's run folder, not by AutoModel alone.", ""]
+    if keeps_layers:
+        lines += [
+            "**This model has layers of its own.** AutoModel alone would leave them out; use the run folder: `python -m engine predict RUN`.",
+            "",
+        ]
     lines += ["## Limits", "", f"Trained on {facts['train']['rows_used']:,} examples of up to {recipe.data.max_length} tokens;"]
     lines += ["longer texts are cut. The scores hold for texts like those it was tested on.", "", "## Recipe", "", "```yaml"]
     return "\n".join([*lines, yaml12.dump(recipe.resolved()).rstrip(), "```", ""])

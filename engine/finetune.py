@@ -58,9 +58,9 @@ def finetune(
     model, task = ready.loaded.model, ready.task
 
     # optimizer and progress
-    optimizer = optim.adamw(
-        freeze.groups(model, recipe.train.learning_rate, recipe.train.weight_decay), recipe.train.betas, recipe.train.eps
-    )
+    method, t = find.module("tune", recipe.tune.method, "tune.method"), recipe.train
+    rates = method.rates(model, recipe.tune) if hasattr(method, "rates") else {}
+    optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, rates), t.betas, t.eps)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
     progress = Progress()
     if folder is None:
@@ -239,7 +239,8 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any]) -> None:
         method.save(model, folder / "adapter", recipe.tune, ready.head, base)
     if hasattr(method, "merge"):
         method.merge(model)
+    keeps = bool(recipe.swap) or getattr(method, "STAYS", False)
     model.config.name_or_path = recipe.model.name
     model.save_pretrained(folder / "model")
     ready.loaded.tokenizer.save_pretrained(folder / "model")
-    (folder / "model" / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics), "utf-8")
+    (folder / "model" / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics, keeps), "utf-8")

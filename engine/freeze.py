@@ -57,26 +57,24 @@ def fresh_and_frozen(model: nn.Module, fresh: list[str], swapped: list[Swapped])
     return [name for name, p in model.named_parameters() if name in new and not p.requires_grad]
 
 
-def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: weights with decay; biases, norms and other vectors without."""
-    decayed: list[tuple[str, nn.Parameter]] = []
-    plain: list[tuple[str, nn.Parameter]] = []
-    norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm, RMSNorm or one of their kin, by its class."""
+    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+
+
+def groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, rates: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: weights with decay; biases, norms and other vectors without; `rates` (name -> factor) apart."""
+    vectors = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
+    found: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            vector = parameter.ndim < 2 or id(parameter) in norms or name.endswith(".bias")
-            (plain if vector else decayed).append((name, parameter))
-    made = []
-    for label, named, decay in (("decayed", decayed, weight_decay), ("plain", plain, 0.0)):
-        if named:
-            made.append(
-                {
-                    "params": [p for _, p in named],
-                    "names": [n for n, _ in named],
-                    "group": label,
-                    "lr": learning_rate,
-                    "initial_lr": learning_rate,
-                    "weight_decay": decay,
-                }
-            )
-    return made
+            vector = parameter.ndim < 2 or id(parameter) in vectors
+            key = ((rates or {}).get(name, 1.0), 0.0 if vector else weight_decay)
+            found.setdefault(key, []).append((name, parameter))
+    return [
+        {"params": [p for _, p in named], "names": [n for n, _ in named], "lr": learning_rate * rate,
+         "initial_lr": learning_rate * rate, "weight_decay": decay}
+        for (rate, decay), named in found.items()
+    ]  # fmt: skip

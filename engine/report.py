@@ -56,7 +56,8 @@ def write(folder: Path) -> Path:
         mistakes=[_mistake(r) for r in wrong[:MISTAKES]],
         data=by_event["data"][0]["splits"], model=by_event["model"][0], plan=by_event["plan"][0],
         notes=[n["note"] for n in by_event.get("note", [])], kernels=[k["found"] for k in by_event.get("kernels", [])],
-        seconds=by_event.get("finished", [{}])[-1].get("seconds"), headline=by_event["plan"][0]["metrics"] if final else [], skipped=by_event.get("skipped", []),
+        seconds=by_event.get("finished", [{}])[-1].get("seconds"), headline=by_event["plan"][0]["metrics"] if final else [],
+        skipped=by_event.get("skipped", []),
         command=" ".join(environment["command"]), resumed=by_event.get("resumed", []),
     )  # fmt: skip
     path = folder / "report.html"

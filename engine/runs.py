@@ -157,8 +157,9 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
     auto = getattr(transformers, task_class.auto_class)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    if recipe.swap:
-        model = _rebuild(folder, recipe, auto, allow_code)
+    method = find.module("tune", recipe.tune.method, str(folder / "recipe.yaml"))
+    if recipe.swap or getattr(method, "STAYS", False):
+        model = _rebuild(folder, recipe, method, auto, allow_code)
     else:
         model = auto.from_pretrained(folder / "model", **options)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -167,13 +168,29 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     return Run(folder, recipe, task, model.eval(), tokenizer, metrics)
 
 
-def _rebuild(folder: Path, recipe: Recipe, auto: Any, allow_code: bool) -> Any:
-    """A model with custom layers: the plain architecture, the swap table put in again, then the weights."""
+def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: bool) -> Any:
+    """A model with layers of its own: the plain architecture, the layers put in again as in training, then the weights."""
     import transformers
     from safetensors.torch import load_file
 
-    from engine import swap
+    from engine import models, swap
 
+    config = transformers.AutoConfig.from_pretrained(folder / "model", local_files_only=True)
+    model = auto.from_config(config)
+    if recipe.swap:
+        swap.apply_rules(model, _stored_rules(folder, recipe, allow_code), recipe.where)
+    if getattr(method, "STAYS", False):
+        method.apply(model, recipe.tune, models.head_of(model, []))
+    state = {name: t for file in sorted((folder / "model").glob("*.safetensors")) for name, t in load_file(file).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if unexpected or set(missing) - tied:
+        raise InputError(f"{folder}: model/ does not fit its recipe: {(list(missing) + list(unexpected))[:3]}")
+    return model
+
+
+def _stored_rules(folder: Path, recipe: Recipe, allow_code: bool) -> list[Any]:
+    """The recipe's swap entries, pointing at the run's own copies of the code, if that code may run."""
     table = json.loads((folder / "layers" / "swap.json").read_text("utf-8"))
     if [(r["at"], r["with"]) for r in table] != [(r.at, r.with_) for r in recipe.swap]:
         raise InputError(f"{folder}: the recipe's swap table is not the one that this run was trained with")
@@ -190,12 +207,4 @@ def _rebuild(folder: Path, recipe: Recipe, auto: Any, allow_code: bool) -> Any:
                 " Read it first; then add --allow-code."
             )
         rules.append(rule.model_copy(update={"with_": f"{copy}:{name}"}))
-    config = transformers.AutoConfig.from_pretrained(folder / "model", local_files_only=True)
-    model = auto.from_config(config)
-    swap.apply_rules(model, rules, recipe.where)
-    state = load_file(folder / "model" / "model.safetensors")
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if unexpected or set(missing) - tied:
-        raise InputError(f"{folder}: model/ does not fit its swap table: {(list(missing) + list(unexpected))[:3]}")
-    return model
+    return rules

@@ -104,7 +104,7 @@ class SwapRule(Group):
 class Tune(Group):
     """What trains. Each method adds its own options here."""
 
-    method: str = Field("full", description="full, last_n, bitfit, lora, ... (the files in engine/tune/).")
+    method: str = Field("full", description="full, last_n, bitfit, layernorm, lora, ia3, adapter (the files in engine/tune/).")
 
 
 class Train(Group):

@@ -8,6 +8,11 @@
 
 Only A and B train: r * (in + out) numbers instead of in * out. B starts at zero, so at the first step the model is
 the pretrained one; A starts as a linear layer's weight does. Afterwards W + scaling * B A is a plain weight again.
+
+    rslora   scaling = alpha / sqrt(r): a high rank no longer learns slower (Kalajdzievski 2023, arXiv:2312.03732)
+    dora     the direction is adapted by LoRA and its length by a vector m of its own, for each output
+             (Liu et al. 2024, arXiv:2402.09353):   W' = m * (W + scaling * B A) / |W + scaling * B A|
+    b_rate   LoRA+: B learns this many times faster than A (Hayou et al. 2024, arXiv:2402.12354)
 """
 
 import json
@@ -23,7 +28,7 @@ from torch import Tensor, nn
 from engine.errors import InputError
 from engine.freeze import train_only
 from engine.schema import Patterns, Tune
-from engine.swap import swap
+from engine.swap import matches, swap
 
 # the query and value projections under the names that transformers' architectures give them
 ATTENTION = "**.{query,value,q_proj,v_proj,q_lin,v_lin,query_proj,value_proj,q,v,c_attn,Wqkv}"
@@ -36,26 +41,56 @@ class Options(Tune):
     r: int = Field(8, ge=1, description="Rank of the update.")
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead.")
+    dora: bool = Field(False, description="Learn length and direction of each weight row apart.")
+    b_rate: float = Field(1.0, gt=0, description="LoRA+: the learning rate of B over that of A.")
+    r_pattern: dict[str, int] = Field(default_factory=dict, description="Path pattern -> rank of the layers it matches.")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
+
+
+def shape_of(layer: nn.Module, path: str = "") -> tuple[int, int, bool]:
+    """(out, in, transposed) of an nn.Linear, or of GPT-2's Conv1D, which holds its weight as (in, out)."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features, False
+    if type(layer).__name__ == "Conv1D":
+        d_in, d_out = layer.weight.shape  # type: ignore[misc]
+        return int(d_out), int(d_in), True
+    raise InputError(f"tune.at: {path} is a {type(layer).__name__}; this method adapts linear layers")
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear (or GPT-2's Conv1D, its transpose) with a trainable low-rank update beside it."""
+    """A frozen nn.Linear (or Conv1D) with a trainable low-rank update beside it."""
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, dora: bool = False):
         super().__init__()
-        self.transposed = type(base).__name__ == "Conv1D"  # holds its weight as (in, out)
-        rows, columns = base.weight.shape  # type: ignore[misc]
-        d_out, d_in = (columns, rows) if self.transposed else (rows, columns)
-        self.base, self.r, self.alpha, self.scaling = base, r, alpha, alpha / r
+        d_out, d_in, self.transposed = shape_of(base)
+        self.base, self.r, self.alpha = base, r, alpha
+        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.lora_A = nn.Parameter(torch.empty(r, d_in))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(d_out, r))  # (out, r)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
+        self.magnitude = nn.Parameter(self.rows().norm(dim=1).detach().clone()) if dora else None  # (out,)
+
+    def rows(self) -> Tensor:
+        """The base weight as (out, in)."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    def length(self) -> Tensor:
+        """m / |W + scaling * B A| for each output, (out, 1); the norm counts as a constant, as the paper has it."""
+        assert self.magnitude is not None
+        directions = self.rows() + self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
+        return (self.magnitude / directions.norm(dim=1).detach())[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        update = self.dropout(x) @ self.lora_A.T @ self.lora_B.T  # (..., out)
-        return self.base(x) + self.scaling * update  # type: ignore[no-any-return]
+        update = self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)  # (..., out)
+        y = self.base(x)  # (..., out)
+        if self.magnitude is None:
+            return y + update  # type: ignore[no-any-return]
+        bias = 0.0 if self.bias is None else self.bias
+        return self.length()[:, 0] * (y - bias + update) + bias  # type: ignore[no-any-return]
 
     @property
     def weight(self) -> Tensor:  # some architectures look at their layers' dtype
@@ -67,35 +102,59 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The plain layer that computes the same: W + scaling * B A. Changes the base in place."""
-        update = self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
-        self.base.weight += update.T if self.transposed else update  # type: ignore[operator]
+        """The plain layer that computes the same. Changes the base in place."""
+        rows = self.rows() + self.scaling * (self.lora_B @ self.lora_A)
+        if self.magnitude is not None:
+            rows = self.length() * rows
+        self.base.weight.copy_(rows.T if self.transposed else rows)  # type: ignore[operator]
         return self.base
 
 
 def apply(model: nn.Module, options: Options, head: list[str]) -> str:
     """Wrap the matched layers, freeze the rest but the head; returns the coverage line."""
+    linear = sum(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in model.modules())
+    used: set[str] = set()
+
+    def chosen(patterns: dict[str, Any], path: str, default: Any) -> Any:
+        hit = [p for p in patterns if matches(p, path)]
+        used.update(hit)
+        return patterns[hit[-1]] if hit else default
 
     def build(old: nn.Module, path: str) -> nn.Module:
-        if not isinstance(old, nn.Linear) and type(old).__name__ != "Conv1D":
-            raise InputError(f"tune.at: {path} is a {type(old).__name__}; lora adapts linear layers")
-        return LoRALinear(old, options.r, options.alpha, options.dropout)
+        shape_of(old, path)
+        r, alpha = chosen(options.r_pattern, path, options.r), chosen(options.alpha_pattern, path, options.alpha)
+        return LoRALinear(old, r, alpha, options.dropout, options.rslora, options.dora)
 
-    linear = sum(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in model.modules())
     done = swap(model, options.at, build, where="tune.at")
-    train_only(model, [f"{s.path}.{name}" for s in done for name in ("lora_A", "lora_B")] + head)
-    return f"lora: {len(done)} of {linear} linear layers, r = {options.r}"
+    unused = [p for p in (*options.r_pattern, *options.alpha_pattern) if p not in used]
+    if unused:
+        raise InputError(f"tune.r_pattern, tune.alpha_pattern: '{unused[0]}' matches none of the {len(done)} adapted layers")
+    train_only(model, [f"{s.path}.{name}" for s in done for name in ("lora_A", "lora_B", "magnitude")] + head)
+    kind = "dora" if options.dora else "rslora" if options.rslora else "lora"
+    return f"{kind}: {len(done)} of {linear} linear layers, r = {options.r}"
+
+
+def rates(model: nn.Module, options: Options) -> dict[str, float]:
+    """Parameter name -> factor of the learning rate, where it is not 1."""
+    if options.b_rate == 1.0:
+        return {}
+    return {f"{path}.lora_B": options.b_rate for path in adapted(model)}
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def replaced(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 def merge(model: nn.Module) -> None:
     """Fold every update into its base weight, in place: the model is plain again and computes the same."""
     for path, module in adapted(model).items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module.merged())
+        replaced(model, path, module.merged())
 
 
 def save(model: Any, folder: Path, options: Options, head: list[str], base: dict[str, Any]) -> None:
@@ -104,31 +163,24 @@ def save(model: Any, folder: Path, options: Options, head: list[str], base: dict
     `base` holds name, revision and task_type for the config.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for path, module in adapted(model).items():
+    layers = adapted(model)
+    tensors: dict[str, Tensor] = {}
+    for path, module in layers.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
         tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B
+        if module.magnitude is not None:
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.magnitude
     for path in head:
         for name, parameter in model.get_submodule(path).named_parameters():
             tensors[f"base_model.model.{path}.{name}"] = parameter
-    layers = adapted(model)
     config = {
-        "peft_type": "LORA",
-        "task_type": base["task_type"],
-        "base_model_name_or_path": base["name"],
-        "revision": base["revision"],
-        "r": options.r,
-        "lora_alpha": options.alpha,
-        "lora_dropout": options.dropout,
-        "target_modules": sorted(layers),
-        "modules_to_save": head,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": any(m.transposed for m in layers.values()),
-    }
+        "peft_type": "LORA", "task_type": base["task_type"], "base_model_name_or_path": base["name"], "revision": base["revision"],
+        "r": options.r, "lora_alpha": options.alpha, "lora_dropout": options.dropout, "target_modules": sorted(layers),
+        "rank_pattern": {path: m.r for path, m in layers.items() if m.r != options.r},
+        "alpha_pattern": {path: m.alpha for path, m in layers.items() if m.alpha != options.alpha},
+        "modules_to_save": head, "bias": "none", "inference_mode": True, "init_lora_weights": True, "use_rslora": options.rslora,
+        "use_dora": options.dora, "fan_in_fan_out": any(m.transposed for m in layers.values()),
+    }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_file(
         {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}

@@ -1,0 +1,112 @@
+"""IA3: learned scalings of keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638).
+
+    key:  k' = l_k * (W_k x)        value:  v' = l_v * (W_v x)        feed-forward:  y = W_out (l_ff * gelu(W_in x))
+
+Three vectors a block, begun at one: the model starts as the pretrained one. A scaling folds into its weight's rows
+(keys, values) or columns (feed-forward), so a trained model is plain again.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.errors import InputError
+from engine.freeze import train_only
+from engine.schema import Patterns, Tune
+from engine.swap import find, swap
+from engine.tune.lora import replaced, shape_of
+
+KEYS_AND_VALUES = "**.{key,value,k_proj,v_proj,k_lin,v_lin,key_proj,value_proj,k,v,c_attn,Wqkv}"
+FEED_FORWARD = "**.{layer.*.output.dense,lin2,mlp.Wo,mlp.c_proj,down_proj,wo}"
+
+
+class Options(Tune):
+    """Where the scalings sit."""
+
+    at: Patterns = Field([KEYS_AND_VALUES], description="Linear layers whose output is scaled.")
+    feed_forward: Patterns = Field([FEED_FORWARD], description="Linear layers whose input is scaled.")
+
+
+class Scaled(nn.Module):
+    """A frozen linear layer with a trainable vector on its output, or on its input."""
+
+    def __init__(self, base: nn.Module, on_input: bool):
+        super().__init__()
+        d_out, d_in, self.transposed = shape_of(base)
+        self.base, self.on_input = base, on_input
+        self.ia3_l = nn.Parameter(torch.ones(d_in if on_input else d_out))  # (in,) or (out,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out); the bias is scaled with the output."""
+        if self.on_input:
+            return self.base(x * self.ia3_l)  # type: ignore[no-any-return]
+        return self.base(x) * self.ia3_l  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The plain layer that computes the same. Changes the base in place."""
+        over_rows = self.on_input == self.transposed  # the weight's first axis is the scaled one
+        self.base.weight *= self.ia3_l[:, None] if over_rows else self.ia3_l  # type: ignore[operator]
+        if not self.on_input and self.base.bias is not None:
+            self.base.bias *= self.ia3_l  # type: ignore[operator]
+        return self.base
+
+
+def apply(model: nn.Module, options: Options, head: list[str]) -> str:
+    """Wrap the matched layers, freeze the rest but the head; returns the coverage line."""
+
+    def build(on_input: bool) -> Any:
+        def make(old: nn.Module, path: str) -> nn.Module:
+            shape_of(old, path)
+            return Scaled(old, on_input)
+
+        return make
+
+    both = set(find(model, options.at, "tune.at")) & set(find(model, options.feed_forward, "tune.feed_forward"))
+    if both:
+        raise InputError(f"tune.feed_forward: {min(both)} is matched by tune.at too")
+    done = swap(model, options.at, build(False), where="tune.at")
+    inputs = swap(model, options.feed_forward, build(True), where="tune.feed_forward")
+    train_only(model, [f"{s.path}.ia3_l" for s in [*done, *inputs]] + head)
+    return f"ia3: {len(done)} outputs and {len(inputs)} feed-forward inputs are scaled"
+
+
+def merge(model: nn.Module) -> None:
+    """Fold every scaling into its weight, in place."""
+    for path, module in [(p, m) for p, m in model.named_modules() if isinstance(m, Scaled)]:
+        replaced(model, path, module.merged())
+
+
+def save(model: Any, folder: Path, options: Options, head: list[str], base: dict[str, Any]) -> None:
+    """Write the layout that the peft package reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, Scaled)}
+    tensors: dict[str, Tensor] = {}
+    for path, m in layers.items():
+        tensors[f"base_model.model.{path}.ia3_l"] = m.ia3_l[None, :] if m.on_input else m.ia3_l[:, None]
+    for path in head:
+        for name, parameter in model.get_submodule(path).named_parameters():
+            tensors[f"base_model.model.{path}.{name}"] = parameter
+    config = {
+        "peft_type": "IA3", "task_type": base["task_type"], "base_model_name_or_path": base["name"], "revision": base["revision"],
+        "target_modules": sorted(layers), "feedforward_modules": sorted(p for p, m in layers.items() if m.on_input),
+        "modules_to_save": head, "inference_mode": True, "init_ia3_weights": True,
+        "fan_in_fan_out": any(m.transposed for m in layers.values()),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    save_file(
+        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+    )
