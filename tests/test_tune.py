@@ -215,7 +215,7 @@ def test_lora_plus_gives_b_its_own_rate(recipe: MakeRecipe) -> None:
     ("options", "said"),
     [
         ("tune={method: lora, r_pattern: {'**.kwery': 2}}", "'**.kwery' matches none of the 4 adapted layers"),
-        ("tune={method: ia3, feed_forward: ['**.query']}", "is matched by tune.at too"),
+        ("tune={method: ia3, feed_forward: ['**.key']}", "is matched by tune.at too"),
         ("tune={method: adapter, activation: rellu}", "no activation 'rellu'; did you mean 'relu'"),
         ("tune={method: adapter, at: ['**.LayerNorm']}", "this method adapts linear layers"),
     ],
