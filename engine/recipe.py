@@ -154,7 +154,7 @@ def _override(raw: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any]
         if key == "tune.method" and isinstance(raw["tune"], dict):
             # options beside the old method mean nothing to the new one, unless given on this command line too
             given = {k.split(".")[1] for k in keys if k.startswith("tune.")}
-            raw["tune"] = {k: v for k, v in raw["tune"].items() if k == "method" or k in given}
+            raw["tune"] = {k: v for k, v in raw["tune"].items() if k in Tune.model_fields or k in given}
         keys.append(key)
     if problems:
         raise InputError(listing(problems))
@@ -270,7 +270,7 @@ def describe() -> list[tuple[str, str, str, str]]:
                 rows += [
                     (f"tune.{k}", _type(f), _default(f), f"({name}) {f.description or ''}")
                     for k, f in _fields(options, [])
-                    if k != "method"
+                    if k not in Tune.model_fields
                 ]
     return rows
 

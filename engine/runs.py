@@ -8,6 +8,7 @@ run only when it is, byte for byte, the file that the recipe names on this machi
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -81,7 +82,9 @@ def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> No
     write_json(folder / "environment.json", environment)
     table = []
     for rule in recipe.swap:
-        source = _source(rule.with_, recipe)
+        source = _source(rule.with_, (recipe.path.parent,))
+        if source is None:
+            raise InputError(f"swap: no source file for {rule.with_}")
         copy = folder / "layers" / source.name
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)
@@ -113,17 +116,16 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _source(spec: str, recipe: Recipe) -> Path:
-    """The file that defines a custom layer."""
+def _source(spec: str, folders: tuple[Path, ...]) -> Path | None:
+    """The file that defines a custom layer here, found without running it."""
     source = spec.rpartition(":")[0]
     if source.endswith(".py"):
-        found = find.locate(source, (recipe.path.parent,))
-    else:
-        origin = getattr(sys.modules.get(source), "__file__", None)
-        found = Path(origin) if origin else None
-    if found is None:
-        raise InputError(f"swap: no source file for {spec}")
-    return found
+        return find.locate(source, folders)
+    try:
+        found = importlib.util.find_spec(source)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found and found.origin else None
 
 
 def _sha256(path: Path) -> str:
@@ -199,8 +201,8 @@ def _stored_rules(folder: Path, recipe: Recipe, allow_code: bool) -> list[Any]:
         copy = folder / "layers" / Path(entry["file"]).name
         if _sha256(copy) != entry["sha256"]:
             raise InputError(f"{copy}: its sha256 is not the one noted at training; the file was changed")
-        source, _, name = rule.with_.rpartition(":")
-        own = find.locate(source, (recipe.path.parent,)) if source.endswith(".py") else None
+        name = rule.with_.rpartition(":")[2]
+        own = _source(rule.with_, (recipe.path.parent,))
         if not allow_code and (own is None or _sha256(own) != entry["sha256"]):
             raise InputError(
                 f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...)."

@@ -102,9 +102,14 @@ class SwapRule(Group):
 
 
 class Tune(Group):
-    """What trains. Each method adds its own options here."""
+    """What trains, and how fast. Each method adds its own options here."""
 
-    method: str = Field("full", description="full, last_n, bitfit, layernorm, lora, ia3, adapter (the files in engine/tune/).")
+    method: str = Field(
+        "full", description="full, last_n, bitfit, layernorm, lora, ia3, adapter, prefix (the files in engine/tune/)."
+    )
+    freeze: Patterns | None = Field(None, description="Parameter paths to freeze besides, such as **.embeddings.**.")
+    train: Patterns | None = Field(None, description="Parameter paths to train besides; comes after freeze.")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="Each lower block learns this many times as fast as the one above.")
 
 
 class Train(Group):

@@ -102,8 +102,9 @@ def train(
                 loss += part.detach()
 
             # 2. Update, unless a number is not finite: then this window is left out, and said so.
+            factor = schedule(progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule(progress.step)
+                group["lr"] = group["initial_lr"] * factor
             scaler.unscale_(optimizer)  # clip the true gradients
             norm = float(clip_grad_norm_(trainable, settings.clip or math.inf))
             finite = math.isfinite(norm) and math.isfinite(float(loss))
@@ -123,12 +124,12 @@ def train(
                 progress.loss_sum += float(loss) * items
             write({
                 "event": "step" if finite else "skipped", "step": progress.step, "epoch": progress.epoch, "loss": float(loss),
-                "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"], "items": items, "tokens": window.tokens,
+                "grad_norm": norm, "learning_rate": optimizer.defaults["lr"] * factor, "items": items, "tokens": window.tokens,
             })  # fmt: skip
             if progress.skipped_in_row > settings.max_skipped:
                 raise RunError(
                     f"step {progress.step}: loss {float(loss)} and gradient norm {norm} are not finite, {progress.skipped_in_row} times"
-                    f" in a row, at learning rate {optimizer.param_groups[0]['lr']:.2e}. Cures: a lower train.learning_rate, more"
+                    f" in a row, at learning rate {optimizer.defaults['lr'] * factor:.2e}. Cures: a lower train.learning_rate, more"
                     " train.warmup, train.precision=float32 or bfloat16, or a look at the rows of these windows."
                 )
 

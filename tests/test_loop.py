@@ -236,7 +236,7 @@ class Poisoned:
 def loop_with(made: Any, steps: set[int], records: list[Any], value: float = math.nan) -> tuple[Any, Progress]:
     ready = prepare.prepare(made, **QUIET)
     settings = Settings(steps=10, seed=1, clip=1.0, max_skipped=3, evaluate_every=None, save_every=10**9)
-    optimizer = optim.adamw(freeze.groups(ready.loaded.model, 1e-3, 0.0), [0.9, 0.999], 1e-8)
+    optimizer = optim.adamw(freeze.groups(ready.loaded.model, 1e-3, 0.0), 1e-3, [0.9, 0.999], 1e-8)
     progress = Progress()
     train(
         ready.loaded.model, Poisoned(ready.task, steps, value, records), ready.windows, optimizer, torch.amp.GradScaler("cpu", enabled=False), lambda s: 1.0,
@@ -330,7 +330,7 @@ def test_checkpoints_verify_fall_back_and_prune(recipe: MakeRecipe) -> None:
 def test_the_optimizer_comes_back_whole(recipe: MakeRecipe) -> None:
     run(recipe(), "r")
     ready = prepare.prepare(recipe(), **QUIET)
-    first = optim.adamw(freeze.groups(ready.loaded.model, 1e-2, 0.01), [0.9, 0.999], 1e-8)
+    first = optim.adamw(freeze.groups(ready.loaded.model, 1e-2, 0.01), 1e-2, [0.9, 0.999], 1e-8)
     path = checkpoint.newest(Path("r/checkpoints"))
     assert path
     checkpoint.load_optimizer(path, first, torch.amp.GradScaler("cpu", enabled=False))

@@ -99,7 +99,7 @@ def test_merged_equals_unmerged_and_the_formula(kind: str) -> None:
 def test_targets_that_match_nothing_or_are_not_linear(recipe: MakeRecipe) -> None:
     for at, said in (
         ("'**.qurey'", "'\\*\\*.qurey' matches no module of this model; nearest are: .*query"),
-        ("'**.LayerNorm'", "lora adapts linear layers"),
+        ("'**.LayerNorm'", "this method adapts linear layers"),
     ):
         with pytest.raises(InputError, match=said) as error:
             finetune.finetune(recipe(f"tune={{method: lora, at: [{at}]}}"), "r", **QUIET)

@@ -176,3 +176,42 @@ def test_a_fresh_layer_that_would_stay_frozen_is_an_error(recipe: MakeRecipe, la
     made = recipe("swap=[{at: '**.intermediate.dense', with: 'mine.py:Scaled'}]", "tune={method: last_n, n: 0}")
     with pytest.raises(InputError, match="fresh parameters are frozen and would stay random"):
         finetune.finetune(made, "r", **QUIET)
+
+
+def test_shipped_layers_follow_their_formulas() -> None:
+    from engine.layers.rmsnorm import RMSNorm
+    from engine.layers.swiglu import SwiGLU
+
+    x = torch.randn(2, 5, 8, dtype=torch.float64).float()
+    old = nn.LayerNorm(8)
+    nn.init.normal_(old.weight)
+    net = nn.ModuleDict({"norm": old})
+    done = swap.swap(net, ["norm"], lambda o, path: RMSNorm.from_old(o), weights="keep")
+    assert (done[0].kept, done[0].dropped) == (["weight"], ["bias"])
+    assert torch.allclose(net["norm"](x), nn.functional.rms_norm(x, (8,), old.weight, old.eps), atol=1e-6)
+    centred = x - x.mean(-1, keepdim=True)
+    assert torch.allclose(net["norm"](centred), old(centred), atol=1e-5)
+    block = nn.Sequential(nn.Linear(8, 12), nn.GELU())
+    made = SwiGLU.from_old(block)
+    assert made.value is block[0]
+    gate = x @ made.gate.weight.T + made.gate.bias
+    assert torch.allclose(made(x), gate * torch.sigmoid(gate) * block[0](x), atol=1e-6)
+    with pytest.raises(TypeError, match="replaces a LayerNorm"):
+        RMSNorm.from_old(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("rule", "count"),
+    [
+        ("{at: '**.LayerNorm', with: 'engine.layers.rmsnorm:RMSNorm'}", 5),
+        ("{at: '**.intermediate', with: 'engine.layers.swiglu:SwiGLU'}", 2),
+    ],
+)
+def test_shipped_layers_train_and_open_again_without_asking(recipe: MakeRecipe, rule: str, count: int) -> None:
+    from engine.predict import evaluate_run
+
+    lines: list[str] = []
+    result = finetune.finetune(recipe(f"swap=[{rule}]"), "r", say=lines.append)
+    assert any(line.startswith(f"swap    {count} x ") for line in lines)
+    again = evaluate_run("r", "test.jsonl", [], as_json=True)  # the code is the installed one, byte for byte: no --allow-code
+    assert again["scores"]["accuracy"] == result.metrics["test"]["accuracy"]

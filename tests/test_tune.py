@@ -14,7 +14,7 @@ import torch
 from conftest import MakeRecipe
 from torch import nn
 
-from engine import find, finetune, freeze, models
+from engine import find, finetune, freeze, models, prepare
 from engine.errors import InputError
 
 CASES: dict[str, dict[str, Any]] = {
@@ -28,9 +28,16 @@ CASES: dict[str, dict[str, Any]] = {
     "loraplus": {"method": "lora", "b_rate": 16.0},
     "ia3": {"method": "ia3"},
     "houlsby": {"method": "adapter", "reduction": 4},
+    "prefix": {"method": "prefix", "length": 5},
+    "reparametrized prefix": {"method": "prefix", "length": 5, "reparametrize": True, "bottleneck": 16},
     "pfeiffer": {"method": "adapter", "placement": "pfeiffer", "reduction": 4},
 }
-NO_BIAS = {"Llama", "ModernBert"}  # bitfit says so instead
+REFUSED = {
+    ("bitfit", "Llama"): "needs biases",
+    ("bitfit", "ModernBert"): "needs biases",
+    ("prefix", "DebertaV2"): "prefix needs an architecture",
+}
+CHANGES_AT_INIT = {"prefix"}  # a random prefix is no identity, and none is promised
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -100,14 +107,17 @@ def test_laws(case: str, architecture: str) -> None:
     before = {n: p.detach().clone() for n, p in base.named_parameters()}
     expected = logits(base)
     model = copy.deepcopy(base)
-    if case == "bitfit" and architecture in NO_BIAS:
-        with pytest.raises(InputError, match="bitfit needs biases"):
+    refused = REFUSED.get((CASES[case]["method"], architecture))
+    if refused:
+        with pytest.raises(InputError, match=refused):
             apply(model, case)
+        assert torch.equal(logits(model), expected)
         return
     method, options = apply(model, case)
 
     # identity at init
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    if CASES[case]["method"] not in CHANGES_AT_INIT:
+        assert torch.allclose(logits(model), expected, atol=1e-5)
 
     # only its own parameters train, and each gets a gradient
     own = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -227,3 +237,37 @@ def test_wrong_options_are_errors(recipe: MakeRecipe, options: str, said: str) -
         finetune.finetune(recipe(options), "r", say=lambda line: None)
     assert re.search(said.replace("**", r"\*\*"), str(error.value))
     assert not Path("r").exists()
+
+
+def test_patterns_freeze_and_train_besides(recipe: MakeRecipe) -> None:
+    def training(options: str) -> set[str]:
+        model = prepare.prepare(recipe(options), say=lambda line: None).loaded.model
+        return {n for n, p in model.named_parameters() if p.requires_grad}
+
+    everything = training("tune={}")
+    without = training("tune={freeze: '**.embeddings.**', train: ['**.LayerNorm.*']}")
+    assert everything - without == {n for n in everything if "embeddings" in n and "LayerNorm" not in n}
+    assert "bert.embeddings.LayerNorm.weight" in training("tune={method: bitfit, train: ['**.LayerNorm.weight']}")
+    for options, said in (
+        ("tune={freeze: '**.embedings.**'}", "tune.freeze: '**.embedings.**' matches no parameter"),
+        ("tune={freeze: '**'}", "fresh parameters are frozen"),
+    ):
+        with pytest.raises(InputError) as error:
+            training(options)
+        assert said in str(error.value)
+
+
+def test_layer_decay_follows_its_formula(recipe: MakeRecipe) -> None:
+    ready = prepare.prepare(recipe("tune.layer_decay=0.5"), say=lambda line: None)
+    rates = freeze.layer_rates(ready.loaded.model, ready.head, 0.5)
+    assert {n: rates[n] for n in ("classifier.weight", "bert.pooler.dense.weight")} == {
+        "classifier.weight": 1,
+        "bert.pooler.dense.weight": 1,
+    }
+    assert rates["bert.encoder.layer.1.output.dense.weight"] == 0.5
+    assert rates["bert.encoder.layer.0.attention.self.query.bias"] == 0.25
+    assert rates["bert.embeddings.word_embeddings.weight"] == 0.125
+    finetune.finetune(recipe("tune.layer_decay=0.5"), "r", say=lambda line: None)
+    newest = sorted(Path("r/checkpoints").glob("step-*"))[-1]
+    groups = json.loads((newest / "state.json").read_text())["groups"]
+    assert {n: g["initial_lr"] / 0.01 for g in groups for n in g["names"]} == pytest.approx(rates)

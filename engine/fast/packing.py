@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.models import eval_mode
+
 ARCHITECTURES = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
 TOLERANCE = 1e-4  # of the probe's outputs, in float32
 
@@ -81,7 +83,7 @@ class Packing:
         self.active = True
         self.plan: Plan | None = None
         self.stack, self.inner = stack, stack.forward
-        body.register_forward_pre_hook(self._look, with_kwargs=True)
+        self.hook = body.register_forward_pre_hook(self._look, with_kwargs=True)
         stack.forward = self._forward
 
     def _look(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,21 +102,19 @@ class Packing:
         return out
 
     def remove(self) -> None:
+        self.hook.remove()
         del self.stack.forward
-        self.active = False
 
 
 def install(model: Any, probe: dict[str, Tensor]) -> tuple[Packing | None, str]:
     """Pack this model's rows if its architecture allows and a probe batch agrees; (packing, what was found)."""
     kind = model.config.model_type
-    if kind not in ARCHITECTURES or model.config._attn_implementation != "sdpa":
+    if kind not in ARCHITECTURES or not str(model.config._attn_implementation).endswith("sdpa"):
         return None, f"rows are not packed: {kind} is not one of {', '.join(sorted(ARCHITECTURES))} with sdpa attention"
     body = getattr(model, model.base_model_prefix)
     stack = getattr(body, "encoder", None) or getattr(body, "transformer", None)
     if stack is None:
         return None, f"rows are not packed: {kind} has no stack of blocks of its own here"
-    from engine.evaluate import eval_mode  # the one thing that a probe shares with evaluation
-
     with eval_mode(model), torch.inference_mode():
         expected = model(**probe).logits
         packing = Packing(body, stack)
