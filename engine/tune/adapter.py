@@ -19,7 +19,7 @@ from engine.errors import InputError, nearest
 from engine.freeze import train_only
 from engine.schema import Patterns, Tune
 from engine.swap import swap
-from engine.tune.lora import shape_of
+from engine.tune._around import Around, shape_of
 
 # the projections that end an attention, and a feed-forward, under the names of transformers' architectures
 AFTER_ATTENTION = (
@@ -42,12 +42,11 @@ class Options(Tune):
     activation: str = Field("relu", description="The non-linearity between down and up.")
 
 
-class Adapter(nn.Module):
+class Adapter(Around):
     """A frozen projection, followed by a trainable bottleneck around which its output is carried on."""
 
     def __init__(self, base: nn.Module, width: int, reduction: int, activation: str):
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.down = nn.Linear(width, max(1, width // reduction))
         self.up = nn.Linear(max(1, width // reduction), width)
         self.act = ACT2FN[activation]
@@ -60,14 +59,6 @@ class Adapter(nn.Module):
         """(..., in) -> (..., H)."""
         h = self.base(x)
         return h + self.up(self.act(self.down(h)))  # type: ignore[no-any-return]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
 
 
 def apply(model: nn.Module, options: Options, head: list[str]) -> str:

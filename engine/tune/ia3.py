@@ -6,20 +6,18 @@ Three vectors a block, begun at one: the model starts as the pretrained one. A s
 (keys, values) or columns (feed-forward), so a trained model is plain again.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.freeze import train_only
 from engine.schema import Patterns, Tune
 from engine.swap import find, swap
-from engine.tune.lora import replaced, shape_of
+from engine.tune._around import Around, replaced, shape_of, write_peft
 
 KEYS_AND_VALUES = "**.{key,value,k_proj,v_proj,k_lin,v_lin,key_proj,value_proj,k,v,c_attn,Wqkv}"
 FEED_FORWARD = "**.{layer.*.output.dense,lin2,mlp.Wo,mlp.c_proj,down_proj,wo}"
@@ -32,13 +30,13 @@ class Options(Tune):
     feed_forward: Patterns = Field([FEED_FORWARD], description="Linear layers whose input is scaled.")
 
 
-class Scaled(nn.Module):
+class Scaled(Around):
     """A frozen linear layer with a trainable vector on its output, or on its input."""
 
     def __init__(self, base: nn.Module, on_input: bool):
-        super().__init__()
-        d_out, d_in, self.transposed = shape_of(base)
-        self.base, self.on_input = base, on_input
+        super().__init__(base)
+        d_out, d_in, _ = shape_of(base)
+        self.on_input = on_input
         self.ia3_l = nn.Parameter(torch.ones(d_in if on_input else d_out))  # (in,) or (out,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,14 +44,6 @@ class Scaled(nn.Module):
         if self.on_input:
             return self.base(x * self.ia3_l)  # type: ignore[no-any-return]
         return self.base(x) * self.ia3_l  # type: ignore[no-any-return]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -91,22 +81,11 @@ def merge(model: nn.Module) -> None:
 
 
 def save(model: Any, folder: Path, options: Options, head: list[str], base: dict[str, Any]) -> None:
-    """Write the layout that the peft package reads."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write adapter/ as the peft package reads it; `base` holds name, revision and task_type."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Scaled)}
-    tensors: dict[str, Tensor] = {}
-    for path, m in layers.items():
-        tensors[f"base_model.model.{path}.ia3_l"] = m.ia3_l[None, :] if m.on_input else m.ia3_l[:, None]
-    for path in head:
-        for name, parameter in model.get_submodule(path).named_parameters():
-            tensors[f"base_model.model.{path}.{name}"] = parameter
+    tensors = {f"{path}.ia3_l": m.ia3_l[None, :] if m.on_input else m.ia3_l[:, None] for path, m in layers.items()}
     config = {
-        "peft_type": "IA3", "task_type": base["task_type"], "base_model_name_or_path": base["name"], "revision": base["revision"],
-        "target_modules": sorted(layers), "feedforward_modules": sorted(p for p, m in layers.items() if m.on_input),
-        "modules_to_save": head, "inference_mode": True, "init_ia3_weights": True,
-        "fan_in_fan_out": any(m.transposed for m in layers.values()),
+        "peft_type": "IA3", "target_modules": sorted(layers), "feedforward_modules": sorted(p for p, m in layers.items() if m.on_input),
+        "init_ia3_weights": True, "fan_in_fan_out": any(m.transposed for m in layers.values()),
     }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    save_file(
-        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
-    )
+    write_peft(folder, model, head, tensors, base, config)

@@ -15,20 +15,19 @@ the pretrained one; A starts as a linear layer's weight does. Afterwards W + sca
     b_rate   LoRA+: B learns this many times faster than A (Hayou et al. 2024, arXiv:2402.12354)
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.freeze import train_only
 from engine.schema import Patterns, Tune
 from engine.swap import matches, swap
+from engine.tune._around import Around, replaced, shape_of, write_peft
 
 # the query and value projections under the names that transformers' architectures give them
 ATTENTION = "**.{query,value,q_proj,v_proj,q_lin,v_lin,query_proj,value_proj,q,v,c_attn,Wqkv}"
@@ -48,23 +47,13 @@ class Options(Tune):
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
 
 
-def shape_of(layer: nn.Module, path: str = "") -> tuple[int, int, bool]:
-    """(out, in, transposed) of an nn.Linear, or of GPT-2's Conv1D, which holds its weight as (in, out)."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features, False
-    if type(layer).__name__ == "Conv1D":
-        d_in, d_out = layer.weight.shape  # type: ignore[misc]
-        return int(d_out), int(d_in), True
-    raise InputError(f"tune.at: {path} is a {type(layer).__name__}; this method adapts linear layers")
-
-
-class LoRALinear(nn.Module):
+class LoRALinear(Around):
     """A frozen nn.Linear (or Conv1D) with a trainable low-rank update beside it."""
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, dora: bool = False):
-        super().__init__()
-        d_out, d_in, self.transposed = shape_of(base)
-        self.base, self.r, self.alpha = base, r, alpha
+        super().__init__(base)
+        d_out, d_in, _ = shape_of(base)
+        self.r, self.alpha = r, alpha
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.lora_A = nn.Parameter(torch.empty(r, d_in))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(d_out, r))  # (out, r)
@@ -91,14 +80,6 @@ class LoRALinear(nn.Module):
             return y + update  # type: ignore[no-any-return]
         bias = 0.0 if self.bias is None else self.bias
         return self.length()[:, 0] * (y - bias + update) + bias  # type: ignore[no-any-return]
-
-    @property
-    def weight(self) -> Tensor:  # some architectures look at their layers' dtype
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -145,12 +126,6 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def replaced(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def merge(model: nn.Module) -> None:
     """Fold every update into its base weight, in place: the model is plain again and computes the same."""
     for path, module in adapted(model).items():
@@ -158,30 +133,18 @@ def merge(model: nn.Module) -> None:
 
 
 def save(model: Any, folder: Path, options: Options, head: list[str], base: dict[str, Any]) -> None:
-    """Write the layout that the peft package reads: adapter_config.json and adapter_model.safetensors.
-
-    `base` holds name, revision and task_type for the config.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write adapter/ as the peft package reads it; `base` holds name, revision and task_type."""
     layers = adapted(model)
     tensors: dict[str, Tensor] = {}
-    for path, module in layers.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A
-        tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B
-        if module.magnitude is not None:
-            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = module.magnitude
-    for path in head:
-        for name, parameter in model.get_submodule(path).named_parameters():
-            tensors[f"base_model.model.{path}.{name}"] = parameter
+    for path, m in layers.items():
+        tensors |= {f"{path}.lora_A.weight": m.lora_A, f"{path}.lora_B.weight": m.lora_B}
+        if m.magnitude is not None:
+            tensors[f"{path}.lora_magnitude_vector"] = m.magnitude
     config = {
-        "peft_type": "LORA", "task_type": base["task_type"], "base_model_name_or_path": base["name"], "revision": base["revision"],
-        "r": options.r, "lora_alpha": options.alpha, "lora_dropout": options.dropout, "target_modules": sorted(layers),
+        "peft_type": "LORA", "r": options.r, "lora_alpha": options.alpha, "lora_dropout": options.dropout,
+        "target_modules": sorted(layers), "bias": "none", "init_lora_weights": True,
         "rank_pattern": {path: m.r for path, m in layers.items() if m.r != options.r},
         "alpha_pattern": {path: m.alpha for path, m in layers.items() if m.alpha != options.alpha},
-        "modules_to_save": head, "bias": "none", "inference_mode": True, "init_lora_weights": True, "use_rslora": options.rslora,
-        "use_dora": options.dora, "fan_in_fan_out": any(m.transposed for m in layers.values()),
+        "use_rslora": options.rslora, "use_dora": options.dora, "fan_in_fan_out": any(m.transposed for m in layers.values()),
     }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    save_file(
-        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
-    )
+    write_peft(folder, model, head, tensors, base, config)
