@@ -19,7 +19,8 @@ PROJECT = ENGINE.parent  # the folder that holds engine/ and recipes/
 
 def names(kind: str) -> list[str]:
     """The names that engine/KIND/ offers: its files, without those that begin with an underscore."""
-    return sorted(p.stem for p in (ENGINE / kind).glob("*.py") if not p.stem.startswith("_"))
+    folders = importlib.import_module(f"engine.{kind}").__path__
+    return sorted(p.stem for folder in folders for p in Path(folder).glob("*.py") if not p.stem.startswith("_"))
 
 
 def module(kind: str, name: str, where: str) -> ModuleType:

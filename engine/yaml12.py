@@ -56,7 +56,8 @@ def parse(text: str, name: str) -> tuple[Any, Lines]:
         mark = _mark(error)
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise InputError(f"{place}: this is not YAML: {problem}") from error
+        hint = "; a pattern that begins with * needs quotes" if "alias" in str(error) else ""
+        raise InputError(f"{place}: this is not YAML: {problem}{hint}") from error
     except RecursionError as error:
         raise InputError(f"{name}: nested too deep to be a recipe") from error
     return (None if node is None else _build(node, (), lines, name)), lines
@@ -73,6 +74,8 @@ def _line(event: Any) -> int:
 
 def scalar(text: str) -> Any:
     """The value of one override, such as "3e-5", "[accuracy, f1_macro]" or "no"."""
+    if text.startswith("*"):  # a path pattern; an alias would be refused anyway
+        return text
     return parse(text, "command line")[0]
 
 

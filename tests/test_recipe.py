@@ -17,7 +17,7 @@ from engine.schema import Tune
     [
         ("3e-5", 3e-5), ("1e3", 1000.0), ("no", "no"), ("yes", "yes"), ("on", "on"), ("true", True), ("0o17", 15), ("017", 17),
         ("12:30", "12:30"), ("1_000", "1_000"), ("~", None), ("", None), (".5", 0.5), ("-7", -7), ("2026-11-23", "2026-11-23"),
-        ("[a, 1]", ["a", 1]), ("'3'", "3"),
+        ("[a, 1]", ["a", 1]), ("'3'", "3"), ("**.query", "**.query"),
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
@@ -39,6 +39,10 @@ def test_pyyaml_alone_would_have_read_them_wrongly() -> None:
         ("a: &x 1\nb: *x", ":2: aliases"),
         ("a: !!python/object/apply:os.system [echo]", ":1: the tag"),
         ("a: [1, 2", "this is not YAML"),
+        (
+            "at: **.query",
+            ":1:6: this is not YAML: expected alphabetic or numeric character, but found '*'; a pattern that begins with * needs quotes",
+        ),
         ("a:\n\t- 1", ":2:1: this is not YAML"),
         ("a: " + "[" * 60 + "]" * 60, "nested too deep"),
     ],

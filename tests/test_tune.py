@@ -271,3 +271,64 @@ def test_layer_decay_follows_its_formula(recipe: MakeRecipe) -> None:
     newest = sorted(Path("r/checkpoints").glob("step-*"))[-1]
     groups = json.loads((newest / "state.json").read_text())["groups"]
     assert {n: g["initial_lr"] / 0.01 for g in groups for n in g["names"]} == pytest.approx(rates)
+
+
+DROPPED = """
+\"\"\"Train a gain on the output of every query projection.\"\"\"
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from engine.freeze import train_only
+from engine.schema import Patterns, Tune
+from engine.swap import swap
+from engine.tune._around import Around
+
+STAYS = True
+
+
+class Options(Tune):
+    at: Patterns = Field(["**.{query,q_proj,q_lin,query_proj,c_attn,Wqkv}"], description="Where.")
+
+
+class Gain(Around):
+    def __init__(self, base):
+        super().__init__(base)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.gain * self.base(x)
+
+
+def apply(model, options, head):
+    done = swap(model, options.at, lambda old, path: Gain(old), where="tune.at")
+    train_only(model, [f"{s.path}.gain" for s in done] + head)
+    return f"gain: {len(done)} projections"
+"""
+
+
+def test_a_new_method_is_one_new_file(recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropped into the folder, it is found by name, described, held to the laws, trained and opened again."""
+    import sys
+
+    import engine.tune
+    from engine.recipe import describe
+    from engine.runs import open_run
+
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "gain.py").write_text(DROPPED)
+    monkeypatch.setattr(engine.tune, "__path__", [*engine.tune.__path__, str(tmp_path / "more")])
+    monkeypatch.setitem(CASES, "gain", {"method": "gain"})
+    assert "gain" in find.names("tune")
+    assert any(meaning == "(gain) Where." for *_, meaning in describe())
+    for architecture in ARCHITECTURES:
+        test_laws("gain", architecture)
+    test_bfloat16_and_gradient_checkpointing("gain")
+    lines: list[str] = []
+    finetune.finetune(recipe("tune.method=gain", "tune.at=**.value"), "r", say=lines.append)
+    assert any(line.startswith("tune    gain: 2 projections") for line in lines)
+    gains = [p.item() for n, p in open_run("r").model.named_parameters() if n.endswith("gain")]
+    assert len(gains) == 2
+    assert 1.0 not in gains
+    sys.modules.pop("engine.tune.gain")
