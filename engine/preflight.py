@@ -7,14 +7,14 @@ import torch
 
 from engine import optim, prepare, seeds
 from engine.data.windows import describe_plan
-from engine.recipe import Recipe
+from engine.recipe import Recipe, shown
 
 
 def check(recipe: Recipe) -> None:
     """Prepare everything as a run would, then one real forward and backward pass on the first window."""
     ready = prepare.prepare(recipe, say=lambda line: None)
     plan = describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
-    print(f"recipe  {recipe.path}: {recipe.task}, seed {recipe.seed}\n")
+    print(f"recipe  {shown(recipe.path)}: {recipe.task}, seed {recipe.seed}\n")
     print("data")
     for name, fact in ready.facts.items():
         tokens = fact["tokens"]
@@ -22,7 +22,7 @@ def check(recipe: Recipe) -> None:
         print(
             f"  {name:<11} {fact['rows_read']:,} rows read = {fact['rows_used']:,} used + {sum(fact['dropped'].values()):,} dropped; {labels}"
         )
-        leaks = "".join(f"; {n} {key.replace('_', ' ')}" for key, n in fact.items() if key.startswith("also_in_"))
+        leaks = "".join(f"; {n} {key.replace('_', ' ')}" for key, n in fact.items() if key.startswith("also_in_") and n)
         lengths = (
             f"tokens: mean {tokens['mean']}, longest {tokens['longest']}, {tokens['truncated']} cut at {recipe.data.max_length}"
         )

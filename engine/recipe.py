@@ -54,28 +54,28 @@ class Recipe:
 def load(name: str, overrides: list[str] | None = None, *, offline: bool = False) -> Recipe:
     """Read the recipe `name` (in recipes/, or a path), apply overrides, check all of it. Raises InputError."""
     path = locate(name)
-    shown = _shown(path)
+    where_from = shown(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{shown}: not UTF-8 at byte {error.start}; save the recipe as UTF-8") from error
+        raise InputError(f"{where_from}: not UTF-8 at byte {error.start}; save the recipe as UTF-8") from error
     except OSError as error:
-        raise InputError(f"{shown}: cannot be read: {error.strerror}") from error
-    raw, lines = yaml12.parse(text, shown)
+        raise InputError(f"{where_from}: cannot be read: {error.strerror}") from error
+    raw, lines = yaml12.parse(text, where_from)
     if not isinstance(raw, dict):
-        raise InputError(f"{shown}: a recipe is a mapping of keys, beginning with `task:`")
+        raise InputError(f"{where_from}: a recipe is a mapping of keys, beginning with `task:`")
 
     def where(key: str) -> str:
         """The line of `key`, or of the nearest group around it."""
         parts = tuple(key.split("."))
         while parts and parts not in lines:
             parts = parts[:-1]
-        return f"{shown}:{lines[parts]}" if parts else shown
+        return f"{where_from}:{lines[parts]}" if parts else where_from
 
     if offline:
         block = raw.get("offline")
         if not isinstance(block, dict) or not block:
-            raise InputError(f"{shown}: --offline needs an `offline:` block in the recipe, and it has none")
+            raise InputError(f"{where_from}: --offline needs an `offline:` block in the recipe, and it has none")
         raw = _merged(raw, block)
     return _check(raw, overrides or [], where, path)
 
@@ -243,7 +243,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """A path as short as it can be read."""
     for base in (Path.cwd(), find.PROJECT):
         if path.resolve().is_relative_to(base):
