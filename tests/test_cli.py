@@ -223,15 +223,17 @@ def test_debug_shows_the_traceback(recipe: MakeRecipe) -> None:
 
 
 def test_the_makefile_passes_values_without_a_shell_reading_them(tmp_path: Path) -> None:
-    """RECIPE is a name and never a command; a dry run shows the one command of a target."""
-    canary = tmp_path / "canary"
-    make = ["make", "-C", str(find.PROJECT)]
-    for value in (f"x; touch {canary}", f"$(touch {canary})", f"$(shell touch {canary})", f"`touch {canary}`", "a b"):
-        subprocess.run([*make, "-n", "finetune", f"RECIPE={value}"], capture_output=True)
-        subprocess.run([*make, "help", f"RECIPE={value}", f"SET={value}"], capture_output=True, check=True)
-        recipe_line = 'printf "%s" "${RECIPE:?}" > seen'
-        subprocess.run(["sh", "-c", recipe_line], env={**os.environ, "RECIPE": value}, cwd=tmp_path, check=True)
-        assert Path("seen").read_text() == value
+    """RECIPE and its like reach the engine as one argument each, to the letter; neither make nor the shell runs them."""
+    canary, seen, venv = tmp_path / "canary", tmp_path / "seen", tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$SEEN"\n')
+    (venv / "bin" / "python").chmod(0o755)
+    (venv / "ready").touch()  # newer than setup.cfg: nothing is installed
+    make = ["make", "-C", str(find.PROJECT), f"VENV={venv}"]
+    environment = {**os.environ, "SEEN": str(seen)}
+    for value in (f"x; touch {canary}", f"$(touch {canary})", f"$(shell touch {canary})", f"`touch {canary}`", "a b", "plain"):
+        subprocess.run([*make, "finetune", f"RECIPE={value}", f"OUT={value}"], capture_output=True, check=True, env=environment)
+        assert seen.read_text().split("\0")[:-1] == ["-m", "engine", "finetune", value, "--out", value]
     assert not canary.exists()
     listed = subprocess.run(["make", "-C", str(find.PROJECT)], capture_output=True, text=True).stdout
     assert "make finetune" in listed
