@@ -1,15 +1,10 @@
-"""Rank, world, totals: what the loop asks of several processes. In one process they cost nothing."""
+"""World and totals: what the loop asks of several processes. In one process they cost nothing."""
 
 import torch.distributed as dist
 
 
 def active() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def rank() -> int:
-    """The number of this process, from 0."""
-    return dist.get_rank() if active() else 0
 
 
 def world() -> int:
