@@ -23,15 +23,16 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from engine.errors import RunError
+from engine.freeze import ever_trains
 from engine.models import sha256
 
 MANIFEST = "manifest.json"
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a step can change: the parameters that train, and the buffers."""
+    """What a step can change: the parameters that train, now or later, and the buffers."""
     state = model.state_dict(keep_vars=True)
-    return {name: t.detach() for name, t in state.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
+    return {name: t.detach() for name, t in state.items() if not isinstance(t, nn.Parameter) or ever_trains(t)}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

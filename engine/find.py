@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from engine.errors import InputError, nearest
 
@@ -28,6 +29,19 @@ def module(kind: str, name: str, where: str) -> ModuleType:
     if name not in names(kind):
         raise InputError(f"{where}: no {kind.rstrip('s')} '{name}'{nearest(name, names(kind))}")
     return importlib.import_module(f"engine.{kind}.{name}")
+
+
+def method(name: str, where: str, folders: tuple[Path, ...] = ()) -> Any:
+    """A tuning method: the module engine/tune/NAME.py, or the class that "file.py:Class" names. Either has `Options` and `apply`."""
+    if ":" not in name:
+        return module("tune", name, where)
+    found = load_class(name, where, folders)
+    missing = [part for part in ("Options", "apply") if not hasattr(found, part)]
+    if missing:
+        raise InputError(
+            f"{where}: {name} has no {' and no '.join(missing)}; a method is written as engine/tune/__init__.py says"
+        )
+    return found
 
 
 def locate(path: str, folders: tuple[Path, ...] = ()) -> Path | None:

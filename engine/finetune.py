@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import checkpoint, evaluate, find, freeze, metrics, optim, runs
+from engine import adapters, checkpoint, evaluate, freeze, metrics, optim, runs
 from engine.data import rows, windows
 from engine.errors import InputError
 from engine.fast import kernels
@@ -51,18 +51,16 @@ def finetune(
     """Train, keep the best, score, report. Returns the run folder and its metrics."""
     interrupt = interrupted or Interrupt()
     began = time.perf_counter()
+    recipe = adapters.started(recipe)
     folder = _resumed_folder(recipe, out) if resume else None
     if out and not resume:
         runs.check_free(out)
-    ready = prepare(recipe, say, interrupt)
+    ready = prepare(recipe, say, interrupt, resumed=resume)
     model, task = ready.loaded.model, ready.task
 
     # optimizer and progress
-    method, t = find.module("tune", recipe.tune.method, "tune.method"), recipe.train
-    rates = freeze.layer_rates(model, ready.head, recipe.tune.layer_decay)
-    for name, factor in (method.rates(model, recipe.tune) if hasattr(method, "rates") else {}).items():
-        rates[name] *= factor
-    optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, rates), t.learning_rate, t.betas, t.eps)
+    t = recipe.train
+    optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, ready.rates), t.learning_rate, t.betas, t.eps)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
     progress = Progress()
     if folder is None:
@@ -122,7 +120,8 @@ def finetune(
         with contextlib.closing(bar):
             train(
                 model, task, ready.windows, optimizer, scaler,
-                optim.schedule(recipe.train.schedule, recipe.train.warmup, ready.steps), settings, progress,
+                optim.schedule(recipe.train.schedule, recipe.train.warmup, ready.steps), lambda step: freeze.thaw(model, step),
+                settings, progress,
                 device=ready.device, autocast=autocast, evaluate=lambda: score("validation").scores, save=save, write=write,
                 interrupted=interrupt,
             )  # fmt: skip
@@ -149,7 +148,7 @@ def finetune(
     results["detail"] = {name: r["detail"] for name, r in reports.items()}
     results |= {"best_step": best_step, "steps": progress.step, "stopped": progress.stopped, "skipped": progress.skipped}
     runs.write_json(folder / "metrics.json", results)
-    _save_model(folder, ready, results)
+    _save_model(folder, ready, results, log)
     log({"event": "finished", "step": progress.step, "best_step": best_step, "stopped": progress.stopped,
          "seconds": round(time.perf_counter() - began, 1)})  # fmt: skip
 
@@ -230,17 +229,17 @@ def _go_on(folder: Path, model: Any, optimizer: Any, scaler: Any, say: Callable[
     return progress
 
 
-def _save_model(folder: Path, ready: Prepared, results: dict[str, Any]) -> None:
+def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Log) -> None:
     """adapter/ where the method has one, then model/: plain weights that AutoModel*.from_pretrained loads."""
     from engine import card
 
-    model, recipe = ready.loaded.model, ready.recipe
-    method = find.module("tune", recipe.tune.method, "tune.method")
-    if hasattr(method, "save"):
+    model, recipe, method = ready.loaded.model, ready.recipe, ready.method
+    if ready.own:
         base = {"name": recipe.model.name, "revision": recipe.model.revision, "task_type": ready.task.peft_type}
-        method.save(model, folder / "adapter", recipe.tune, ready.head, base)
+        adapters.save(model, folder / "adapter", method, recipe.tune, ready.head, ready.own, base)
     if hasattr(method, "merge"):
-        method.merge(model)
+        apart = adapters.merge(model, method, ready.probe())
+        log({"event": "merged", "apart": apart})
     keeps = bool(recipe.swap) or getattr(method, "STAYS", False)
     model.config.name_or_path = recipe.model.name
     model.save_pretrained(folder / "model")

@@ -67,6 +67,57 @@ def by_pattern(model: nn.Module, freeze: list[str], train: list[str]) -> None:
                 parameter.requires_grad_(trains)
 
 
+def set_timetable(model: Any, head: list[str], unfreeze: Any, steps_per_epoch: int) -> str:
+    """Gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146): what trains at all is frozen until its step has come.
+
+    `unfreeze` is a list of {after (epochs), train (patterns)}, or E: the head (and what has no block) trains at once, then
+    the blocks join from the top, one every E epochs, the embeddings last. The step is noted on the parameter (`thaws`),
+    so which parameters train is a pure function of the step and a resumed run has nothing to remember.
+    """
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if isinstance(unfreeze, float):
+        parts = layout(model, head)
+        late = [[block] for block in reversed(parts.blocks)] + ([parts.before] if parts.before else [])
+        stages = [((i + 1) * unfreeze, [f"{path}.**" for path in paths]) for i, paths in enumerate(late)]
+    else:
+        stages = [(one.after, one.train) for one in unfreeze]
+    for after, patterns in stages:
+        hits = [p for name, p in names.items() if any(matches(pattern, name) for pattern in patterns)]
+        if not hits and not isinstance(unfreeze, float):
+            raise InputError(f"tune.unfreeze: {', '.join(patterns)} matches nothing that this method lets train")
+        for parameter in hits:
+            parameter.thaws = round(after * steps_per_epoch)
+    if not [p for p in names.values() if getattr(p, "thaws", 0) == 0]:
+        raise InputError("tune.unfreeze: nothing trains at the first step; leave the head out of the timetable")
+    when = sorted({p.thaws for p in names.values() if getattr(p, "thaws", 0)})
+    return f"more unfreezes at the steps {', '.join(map(str, when))}"
+
+
+def thaw(model: nn.Module, step: int) -> list[nn.Parameter]:
+    """Freeze and unfreeze by the timetable; returns the parameters that train at this step (from 0)."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "thaws"):
+            parameter.requires_grad_(step >= parameter.thaws)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def ever_trains(parameter: nn.Parameter) -> bool:
+    """Whether a parameter trains, now or later in the timetable."""
+    return parameter.requires_grad or hasattr(parameter, "thaws")
+
+
+def rates_by_pattern(model: nn.Module, rates: dict[str, float]) -> dict[str, float]:
+    """Discriminative learning rates: parameter name -> the product of the factors of the patterns that match it."""
+    factors = {name: 1.0 for name, p in model.named_parameters() if ever_trains(p)}
+    for pattern, factor in rates.items():
+        hits = [name for name in factors if matches(pattern, name)]
+        if not hits:
+            raise InputError(f"tune.rates: '{pattern}' matches no parameter that trains")
+        for name in hits:
+            factors[name] *= factor
+    return factors
+
+
 def layer_rates(model: Any, head: list[str], decay: float) -> dict[str, float]:
     """Layer-wise learning-rate decay (Clark et al. 2020, arXiv:2003.10555): parameter name -> factor.
 
@@ -86,7 +137,7 @@ def layer_rates(model: Any, head: list[str], decay: float) -> dict[str, float]:
 def fresh_and_frozen(model: nn.Module, fresh: list[str], swapped: list[Swapped]) -> list[str]:
     """Parameters with random values that would never learn: always a mistake."""
     new = set(fresh) | {f"{s.path}.{name}" for s in swapped for name in s.fresh}
-    return [name for name, p in model.named_parameters() if name in new and not p.requires_grad]
+    return [name for name, p in model.named_parameters() if name in new and not ever_trains(p)]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -101,7 +152,7 @@ def groups(
     vectors = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
     found: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if ever_trains(parameter):
             vector = parameter.ndim < 2 or id(parameter) in vectors
             key = ((rates or {}).get(name, 1.0), 0.0 if vector else weight_decay)
             found.setdefault(key, []).append((name, parameter))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import find, freeze, metrics, models, optim, seeds, swap
+from engine import adapters, find, freeze, metrics, models, optim, seeds, swap
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError
 from engine.fast import packing
@@ -36,7 +36,10 @@ class Prepared:
     facts: dict[str, Any]
     encoded: dict[str, encode.Encoded]
     loaded: models.Loaded
+    method: Any  # the module engine/tune/NAME.py, or a class
     head: list[str]
+    own: list[str]  # the parameters that the method added
+    rates: dict[str, float]  # parameter name -> factor of the learning rate
     swapped: list[swap.Swapped]
     coverage: str
     windows: windows.Windows
@@ -47,9 +50,19 @@ class Prepared:
     packed: str
     notes: list[str]
 
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Three examples of train as model inputs: the two shortest, which packed share a row, and the longest."""
+        return _probe(self.encoded["train"], self.device)
 
-def prepare(recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Callable[[], bool] = lambda: False) -> Prepared:
-    """Read, check, load, swap, freeze, encode. Raises InputError; writes nothing but the token cache."""
+
+def prepare(
+    recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Callable[[], bool] = lambda: False, *, resumed: bool = False
+) -> Prepared:
+    """Read, check, load, swap, freeze, encode. Raises InputError; writes nothing but the token cache.
+
+    A resumed run takes its weights from its checkpoint, not from the adapter that `tune.start` names.
+    """
+    recipe = adapters.started(recipe)
     folders = (recipe.path.parent,)
     notes: list[str] = []
     task = _task(recipe)
@@ -57,7 +70,8 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Call
     facts = rows.facts(splits, task)
     names = _metrics(recipe, task)
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
-    loaded, head, swapped, coverage = _model(recipe, task, folders)
+    loaded, head, swapped = _model(recipe, task, folders)
+    method, own, coverage = _tune(recipe, loaded, head, swapped, None if resumed else recipe.tune.start, notes)
     loaded.model.to(device)
     encoded = {
         name: encode.encode(
@@ -69,9 +83,12 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Call
     made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
+    rates, timetable = _tempo(recipe, loaded.model, method, head, made.per_epoch)
+    coverage += timetable
     ready = Prepared(
-        recipe, task, splits, facts, encoded, loaded, head, swapped, coverage, made, steps, device, kind, names, packed, notes
-    )
+        recipe, task, splits, facts, encoded, loaded, method, head, own, rates, swapped, coverage, made, steps, device, kind, names,
+        packed, notes,
+    )  # fmt: skip
     announce(ready, say)
     return ready
 
@@ -110,16 +127,27 @@ def _metrics(recipe: Recipe, task: Any) -> list[str]:
     return names
 
 
-def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models.Loaded, list[str], list[swap.Swapped], str]:
-    """The pretrained model, then the layers swapped in, then what trains: (loaded, head, swapped, coverage line)."""
+def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models.Loaded, list[str], list[swap.Swapped]]:
+    """The pretrained model, then the layers swapped in: (loaded, head, swapped)."""
     where = f"{recipe.where('model.name')}: model.name"
     source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, folders)
     seeds.seed_all(recipe.seed)  # the head's fresh weights belong to the seed
     loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
     head = models.head_of(loaded.model, loaded.fresh)
-    swapped = swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
+    return loaded, head, swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
+
+
+def _tune(
+    recipe: Recipe, loaded: models.Loaded, head: list[str], swapped: list[swap.Swapped], start: str | None, notes: list[str]
+) -> tuple[Any, list[str], str]:
+    """The method, applied: (method, the parameters that it added, coverage line)."""
+    method = find.method(recipe.tune.method, recipe.where("tune.method"), (recipe.path.parent,))
     try:
-        line = find.module("tune", recipe.tune.method, recipe.where("tune.method")).apply(loaded.model, recipe.tune, head)
+        line, own = adapters.put_in(loaded.model, method, recipe.tune, head)
+        if start:
+            where = "tune.start"
+            adapter = adapters.read(adapters.locate(start, where, (recipe.path.parent,)), where)
+            notes.append(adapters.load(loaded.model, method, recipe.tune, adapter, head, where))
         freeze.by_pattern(loaded.model, recipe.tune.freeze or [], recipe.tune.train or [])
     except InputError as error:
         raise InputError(f"{recipe.where('tune')}: {error}") from error
@@ -130,7 +158,22 @@ def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models
     trains, total = models.count(loaded.model)
     if not trains:
         raise recipe.error("tune", "nothing is left to train")
-    return loaded, head, swapped, f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
+    return method, own, f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
+
+
+def _tempo(recipe: Recipe, model: Any, method: Any, head: list[str], per_epoch: int) -> tuple[dict[str, float], str]:
+    """How fast each parameter learns, and from when on: (name -> factor of the learning rate, a line on the timetable)."""
+    try:
+        timetable = ""
+        if recipe.tune.unfreeze is not None:
+            timetable = "; " + freeze.set_timetable(model, head, recipe.tune.unfreeze, per_epoch)
+        rates = freeze.layer_rates(model, head, recipe.tune.layer_decay)
+        own = method.rates(model, recipe.tune) if hasattr(method, "rates") else {}
+        for name, factor in (*freeze.rates_by_pattern(model, recipe.tune.rates).items(), *own.items()):
+            rates[name] *= factor
+    except InputError as error:
+        raise InputError(f"{recipe.where('tune')}: {error}") from error
+    return rates, timetable
 
 
 def _look_at(facts: dict[str, Any], encoded: dict[str, encode.Encoded], max_length: int) -> list[str]:
@@ -156,10 +199,15 @@ def _windows(recipe: Recipe, task: Any, model: Any, train: encode.Encoded, devic
         budget = 1024 if device.type == "cpu" else 16384  # a CPU's caches like small batches, a GPU large ones
     packer, packed = None, "rows are not packed: train.packing is false"
     if recipe.train.packing:
-        probe = train.batch(np.argsort(train.lengths)[[0, 1, -1]])  # two short ones share a row beside the longest
-        packer, packed = packing.install(model, {k: v.to(device) for k, v in probe.items() if k in INPUTS})
+        packer, packed = packing.install(model, _probe(train, device))
     size, seed = recipe.train.batch_size, recipe.seed
     return windows.Windows(train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None), packed
+
+
+def _probe(train: encode.Encoded, device: torch.device) -> dict[str, torch.Tensor]:
+    order = np.argsort(train.lengths)
+    chosen = train.batch(order[[0, min(1, len(order) - 1), -1]])
+    return {k: v.to(device) for k, v in chosen.items() if k in INPUTS}
 
 
 def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, rows.Split]:

@@ -46,13 +46,16 @@ class Recipe:
         """Every key with its value, defaults written out; reads back as the same recipe."""
         return {name: _plain(getattr(self, name)) for name in Schema.model_fields if name != "offline"}
 
-    def changed(self, overrides: list[str]) -> "Recipe":
-        """The same recipe with more overrides."""
-        return _check(self.raw, overrides, self.where, self.path)
+    def with_tune(self, options: dict[str, Any]) -> "Recipe":
+        """The same recipe with more options in its `tune` group."""
+        return _check({**self.raw, "tune": {**(self.raw.get("tune") or {}), **options}}, [], self.where, self.path)
 
 
-def load(name: str, overrides: list[str] | None = None, *, offline: bool = False) -> Recipe:
-    """Read the recipe `name` (in recipes/, or a path), apply overrides, check all of it. Raises InputError."""
+def load(name: str, overrides: list[str] | None = None, *, offline: bool = False, code: Callable[[str], str] = str) -> Recipe:
+    """Read the recipe `name` (in recipes/, or a path), apply overrides, check all of it. Raises InputError.
+
+    A recipe whose `tune.method` is "file.py:Class" runs that file here; `code` may point it at another file, or refuse.
+    """
     path = locate(name)
     where_from = shown(path)
     try:
@@ -77,7 +80,7 @@ def load(name: str, overrides: list[str] | None = None, *, offline: bool = False
         if not isinstance(block, dict) or not block:
             raise InputError(f"{where_from}: --offline needs an `offline:` block in the recipe, and it has none")
         raw = _merged(raw, block)
-    return _check(raw, overrides or [], where, path)
+    return _check(raw, overrides or [], where, path, code)
 
 
 def locate(name: str) -> Path:
@@ -99,7 +102,9 @@ def available() -> dict[str, Path]:
     return {p.stem: p for folder in folders for p in sorted(folder.glob("*.yaml"))}
 
 
-def _check(raw: dict[str, Any], overrides: list[str], where: Callable[[str], str], path: Path) -> Recipe:
+def _check(
+    raw: dict[str, Any], overrides: list[str], where: Callable[[str], str], path: Path, code: Callable[[str], str] = str
+) -> Recipe:
     raw, from_command = _override(raw, overrides)
 
     def place(key: str) -> str:
@@ -112,10 +117,14 @@ def _check(raw: dict[str, Any], overrides: list[str], where: Callable[[str], str
     for kind, name, key in (("tune", method, "tune.method"), ("tasks", raw.get("task"), "task")):
         if isinstance(name, str):
             try:
-                if name not in find.names(kind):
+                if kind == "tune" and ":" in name:
+                    options = find.method(code(name), f"{place(key)}: {key}", (path.parent,)).Options
+                    if not (isinstance(options, type) and issubclass(options, Tune)):
+                        raise InputError(f"{place(key)}: {key}: {name}: its Options must derive from engine.schema.Tune")
+                elif name not in find.names(kind):
                     what = "method" if kind == "tune" else "task"
                     raise InputError(f"{place(key)}: {key}: no {what} '{name}'{nearest(name, find.names(kind))}")
-                if kind == "tune" and name != "full":  # the one method without options needs no import
+                elif kind == "tune" and name != "full":  # the one method without options needs no import
                     options = find.module(kind, name, place(key)).Options
             except InputError as error:
                 problems.append(str(error))

@@ -80,17 +80,25 @@ def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> No
     """recipe.yaml, environment.json, and the source of custom layers."""
     (folder / "recipe.yaml").write_text(yaml12.dump(recipe.resolved()), "utf-8")
     write_json(folder / "environment.json", environment)
-    table = []
-    for rule in recipe.swap:
-        source = _source(rule.with_, (recipe.path.parent,))
-        if source is None:
-            raise InputError(f"swap: no source file for {rule.with_}")
-        copy = folder / "layers" / source.name
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, copy)
-        table.append({"at": rule.at, "with": rule.with_, "file": source.name, "sha256": _sha256(source)})
-    if table:
-        write_json(folder / "layers" / "swap.json", table)
+    table = [{"at": rule.at, "with": rule.with_} for rule in recipe.swap]
+    specs = [rule.with_ for rule in recipe.swap] + ([recipe.tune.method] if ":" in recipe.tune.method else [])
+    code = {spec: _copied(spec, folder / "layers", (recipe.path.parent,)) for spec in specs}
+    if code:
+        write_json(folder / "layers" / "swap.json", {"swap": table, "code": code})
+
+
+def _copied(spec: str, folder: Path, folders: tuple[Path, ...]) -> dict[str, str]:
+    """Copy the source of a class into the run; two files of one name get two names."""
+    source = _source(spec, folders)
+    if source is None:
+        raise InputError(f"no source file for {spec}")
+    folder.mkdir(exist_ok=True)
+    digest = _sha256(source)
+    copy = folder / source.name
+    if copy.exists() and _sha256(copy) != digest:
+        copy = folder / f"{source.stem}-{digest[:8]}.py"
+    shutil.copyfile(source, copy)
+    return {"file": copy.name, "sha256": digest, "path": str(source.resolve())}
 
 
 def environment(name: str, device: str, sources: dict[str, str], model: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -150,7 +158,7 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     import transformers
 
     folder = locate(run)
-    recipe = load(str(folder / "recipe.yaml"), overrides)
+    recipe = load(str(folder / "recipe.yaml"), overrides, code=lambda spec: _stored(folder, spec, allow_code))
     if not (folder / "model" / "config.json").exists():
         raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
     task_class = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task
@@ -159,7 +167,7 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
     auto = getattr(transformers, task_class.auto_class)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    method = find.module("tune", recipe.tune.method, str(folder / "recipe.yaml"))
+    method = method_of(folder, recipe, allow_code)
     if recipe.swap or getattr(method, "STAYS", False):
         model = _rebuild(folder, recipe, method, auto, allow_code)
     else:
@@ -191,22 +199,39 @@ def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: b
     return model
 
 
+def method_of(folder: Path, recipe: Recipe, allow_code: bool) -> Any:
+    """The run's tuning method; a class of the user's own comes from the copy in the run."""
+    name = recipe.tune.method
+    return find.method(_stored(folder, name, allow_code) if ":" in name else name, str(folder / "recipe.yaml"))
+
+
 def _stored_rules(folder: Path, recipe: Recipe, allow_code: bool) -> list[Any]:
     """The recipe's swap entries, pointing at the run's own copies of the code, if that code may run."""
-    table = json.loads((folder / "layers" / "swap.json").read_text("utf-8"))
+    table = _table(folder)["swap"]
     if [(r["at"], r["with"]) for r in table] != [(r.at, r.with_) for r in recipe.swap]:
         raise InputError(f"{folder}: the recipe's swap table is not the one that this run was trained with")
-    rules = []
-    for entry, rule in zip(table, recipe.swap, strict=True):
-        copy = folder / "layers" / Path(entry["file"]).name
-        if _sha256(copy) != entry["sha256"]:
-            raise InputError(f"{copy}: its sha256 is not the one noted at training; the file was changed")
-        name = rule.with_.rpartition(":")[2]
-        own = _source(rule.with_, (recipe.path.parent,))
-        if not allow_code and (own is None or _sha256(own) != entry["sha256"]):
-            raise InputError(
-                f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...)."
-                " Read it first; then add --allow-code."
-            )
-        rules.append(rule.model_copy(update={"with_": f"{copy}:{name}"}))
-    return rules
+    return [rule.model_copy(update={"with_": _stored(folder, rule.with_, allow_code)}) for rule in recipe.swap]
+
+
+def _table(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "layers" / "swap.json").read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'layers' / 'swap.json'}: the table of the run's own code cannot be read: {error}") from error
+
+
+def _stored(folder: Path, spec: str, allow_code: bool) -> str:
+    """ "file.py:Class" -> the same class in the run's copy of the file, if it is unchanged and may run."""
+    entry = _table(folder)["code"].get(spec)
+    if entry is None:
+        raise InputError(f"{folder}: {spec} is not the code that this run was trained with")
+    copy, name = folder / "layers" / Path(entry["file"]).name, spec.rpartition(":")[2]
+    if not copy.is_file() or _sha256(copy) != entry["sha256"]:
+        raise InputError(f"{copy}: its sha256 is not the one noted at training; the file was changed")
+    here = [p for p in (_source(spec, (folder,)), Path(entry.get("path", "?"))) if p and p.is_file() and p != copy]
+    if not allow_code and entry["sha256"] not in [_sha256(p) for p in here]:
+        raise InputError(
+            f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...)."
+            " Read it first; then add --allow-code."
+        )
+    return f"{copy}:{name}"

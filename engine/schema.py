@@ -40,6 +40,14 @@ def _tokens(value: Any) -> Any:
     raise ValueError("write `auto` or a number of tokens")
 
 
+def _timetable(value: Any) -> Any:
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        if value <= 0:
+            raise ValueError("write a list of {after, train}, or a number of epochs above 0")
+        return float(value)
+    return value
+
+
 def _warmup(value: Any) -> Any:
     number = isinstance(value, float | int) and not isinstance(value, bool)
     if number and (0 <= value < 1 or (value >= 1 and float(value).is_integer())):
@@ -101,15 +109,30 @@ class SwapRule(Group):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
+class Thaw(Group):
+    """One line of the timetable of gradual unfreezing."""
+
+    after: float = Field(ge=0, description="From when on: epochs, such as 1 or 0.5.")
+    train: Patterns = Field(description="Parameter paths that train from then on; until then they are frozen.")
+
+
 class Tune(Group):
     """What trains, and how fast. Each method adds its own options here."""
 
-    method: str = Field(
-        "full", description="full, last_n, bitfit, layernorm, lora, ia3, adapter, prefix (the files in engine/tune/)."
+    method: str = Field("full", description="A file in engine/tune/ (full, last_n, lora, adapter, ...), or file.py:Class.")
+    start: str | None = Field(
+        None, description="Begin from this trained adapter: a run, or a folder in peft's or adapter-hub's layout."
     )
     freeze: Patterns | None = Field(None, description="Parameter paths to freeze besides, such as **.embeddings.**.")
     train: Patterns | None = Field(None, description="Parameter paths to train besides; comes after freeze.")
+    unfreeze: Annotated[list[Thaw] | float | None, BeforeValidator(_timetable), "list of {after, train}, or epochs"] = Field(
+        None,
+        description="Gradual unfreezing: a timetable, or E: the head first, then one more block from the top every E epochs.",
+    )
     layer_decay: float = Field(1.0, gt=0, le=1, description="Each lower block learns this many times as fast as the one above.")
+    rates: dict[str, float] = Field(
+        default_factory=dict, description="Parameter path pattern -> factor of the learning rate there; factors multiply."
+    )
 
 
 class Train(Group):

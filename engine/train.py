@@ -13,7 +13,7 @@ Exactness. A mean of the micro-batches' means is not the mean of the window as s
 loss is a SUM over its items, and each part is divided by the items of the whole window, counted before the first
 forward pass. The gradient is then that of one big batch, however the window is cut and on however many processes.
 
-Going on. Order, learning rate and randomness are pure functions of the place (epoch, window, step, micro-batch), so a
+Going on. Order, learning rate, unfreezing and randomness are pure functions of the place (epoch, window, step, micro-batch), so a
 run is resumed by starting further in: `Progress`, the weights, the optimizer and the scaler are its whole state.
 
 Who decides. Everything that steers a run (the learning rate, skipping, stopping, saving) is a line of this file.
@@ -74,6 +74,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,  # of float16; does nothing for the other types
     schedule: Callable[[int], float],  # step -> factor of the learning rate
+    thaw: Callable[[int], list[nn.Parameter]],  # step -> what trains at it; freezes and unfreezes by the recipe's timetable
     settings: Settings,
     progress: Progress,
     *,
@@ -85,12 +86,12 @@ def train(
     interrupted: Callable[[], bool],
 ) -> Progress:
     """Train until the epochs are over, patience has run out or someone interrupts; returns the progress."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
     model.train()
 
     while progress.step < settings.steps and not progress.stopped:
         for window in windows.epoch(progress.epoch, skip=progress.window):
             # 1. Gradients: the sum over all micro-batches, divided once by the items of the whole window.
+            trainable = thaw(progress.step)
             items = distributed.total(window.items)
             loss = torch.zeros((), device=device)
             for i, micro_batch in enumerate(window.micro_batches):

@@ -10,7 +10,7 @@ LEVELS = [
     {"errors", "find", "yaml12", "seeds", "distributed", "interrupt", "hub", "watch"},
     {"schema", "recipe"},
     {"data", "swap", "metrics"},
-    {"models", "freeze", "optim", "layers", "tune", "tasks", "fast"},
+    {"models", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},
     {"checkpoint", "evaluate"},
     {"train"},
     {"prepare", "runs", "card", "finetune"},

@@ -43,7 +43,8 @@ def one_window_gradients(made: Any, tokens: int, epoch: int = 0) -> list[list[to
     optimizer.step = watch  # type: ignore[method-assign]
     settings = Settings(steps=ready.windows.per_epoch, seed=1, clip=None, max_skipped=0, evaluate_every=None, save_every=10**9)
     train(
-        model, ready.task, ready.windows, optimizer, torch.amp.GradScaler("cpu", enabled=False), lambda step: 1.0, settings, Progress(epoch=epoch),
+        model, ready.task, ready.windows, optimizer, torch.amp.GradScaler("cpu", enabled=False), lambda step: 1.0,
+        lambda step: list(model.parameters()), settings, Progress(epoch=epoch),
         device=torch.device("cpu"), autocast=optim.autocast("float32", torch.device("cpu")), evaluate=dict, save=lambda k: None,
         write=lambda r: None, interrupted=lambda: False,
     )  # fmt: skip
@@ -240,7 +241,7 @@ def loop_with(made: Any, steps: set[int], records: list[Any], value: float = mat
     progress = Progress()
     train(
         ready.loaded.model, Poisoned(ready.task, steps, value, records), ready.windows, optimizer, torch.amp.GradScaler("cpu", enabled=False), lambda s: 1.0,
-        settings, progress, device=torch.device("cpu"), autocast=optim.autocast("float32", torch.device("cpu")), evaluate=dict,
+        lambda s: list(ready.loaded.model.parameters()), settings, progress, device=torch.device("cpu"), autocast=optim.autocast("float32", torch.device("cpu")), evaluate=dict,
         save=lambda k: None, write=records.append, interrupted=lambda: False,
     )  # fmt: skip
     return ready.loaded.model, progress

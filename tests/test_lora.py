@@ -9,9 +9,9 @@ from conftest import MakeRecipe
 from safetensors.torch import load_file
 from torch import nn
 
-from engine import find, finetune, prepare
+from engine import adapters, finetune, prepare
 from engine.errors import InputError
-from engine.tune import lora
+from engine.layers import lora
 
 QUIET = {"say": lambda line: None}
 
@@ -38,22 +38,17 @@ def test_at_init_the_model_is_the_base_and_only_lora_and_head_train(recipe: Make
     assert all(n.endswith(("lora_A", "lora_B")) or n.startswith("classifier.") for n in training)
 
 
-def test_the_base_is_bit_equal_after_training(recipe: MakeRecipe) -> None:
+def test_the_base_is_bit_equal_after_training(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {n: p.clone() for n, p in prepare.prepare(recipe(), **QUIET).loaded.model.named_parameters()}
-    ready = prepare.prepare(recipe("tune.method=lora", "tune.r=3"), **QUIET)
     saved: list[dict[str, torch.Tensor]] = []
-    keep = find.module("tune", "lora", "").save
+    keep = adapters.save
 
     def watch(model: nn.Module, *rest: object) -> None:
         saved.append({n: p.detach().clone() for n, p in model.named_parameters()})
         keep(model, *rest)
 
-    module = find.module("tune", "lora", "")
-    module.save = watch
-    try:
-        finetune.finetune(ready.recipe, "r", **QUIET)
-    finally:
-        module.save = keep
+    monkeypatch.setattr(adapters, "save", watch)
+    finetune.finetune(recipe("tune.method=lora", "tune.r=3"), "r", **QUIET)
     trained = {n.replace(".base.", "."): p for n, p in saved[0].items()}
     frozen = [n for n in before if not n.startswith("classifier.")]
     assert len(frozen) > 30

@@ -145,7 +145,7 @@ def test_a_layer_of_ones_own_trains_predicts_and_is_guarded(recipe: MakeRecipe, 
     assert all(g != 1.0 for g in gains)
     again = evaluate_run("r", "test.jsonl", [], as_json=True)
     assert again["scores"]["accuracy"] == result.metrics["test"]["accuracy"]
-    assert json.loads(Path("r/layers/swap.json").read_text())[0]["file"] == "mine.py"
+    assert json.loads(Path("r/layers/swap.json").read_text())["code"]["mine.py:Scaled"]["file"] == "mine.py"
     layer_file.write_text(LAYER + "\n# another file now\n")  # no longer the code that is stored with the run
     with pytest.raises(InputError, match="would execute the code of r/layers/mine.py"):
         open_run("r")

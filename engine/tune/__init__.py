@@ -1,6 +1,11 @@
-"""Tuning methods, one a file, found by name: `tune.method: lora` is lora.py.
+"""Tuning methods, one a file, found by name: `tune.method: lora` is lora.py; `file.py:Class` is a class of yours.
 
 A method offers `Options` (its keys beside `tune.method`) and `apply(model, options, head)`, which swaps and freezes and
-returns the line that says so. It may offer `merge(model)`, `save(model, folder, options, head, base)` in the peft package's
-layout, `rates(model, options)` for learning rates of its own, and STAYS = True if its layers stay in the saved model.
+returns the line that says so. It may offer
+
+    merge(model)              fold what was learnt into plain weights, in place
+    rates(model, options)     parameter name -> factor of the learning rate
+    STAYS = True              its layers stay in the saved model
+    PEFT_TYPE, peft(model, options) -> (config, tensors), from_peft(config, tensors) -> options, load_peft(model, options, tensors)
+                              the peft package's name for it, and its layout out and in
 """

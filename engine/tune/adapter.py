@@ -17,9 +17,9 @@ from transformers.activations import ACT2FN
 
 from engine.errors import InputError, nearest
 from engine.freeze import train_only
+from engine.layers._around import Around, shape_of
 from engine.schema import Patterns, Tune
 from engine.swap import swap
-from engine.tune._around import Around, shape_of
 
 # the projections that end an attention, and a feed-forward, under the names of transformers' architectures
 AFTER_ATTENTION = (

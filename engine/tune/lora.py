@@ -1,34 +1,23 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA as a method: which layers get a low-rank update, what trains, how it is merged and exchanged with peft.
 
-    y = W x + b  +  scaling * B A dropout(x)          scaling = alpha / r
-
-            x (.., in) -------------> W (out, in) frozen ------> + --> y (.., out)
-                 \\                                              /
-                  `--> A (r, in) --> (.., r) --> B (out, r) --'
-
-Only A and B train: r * (in + out) numbers instead of in * out. B starts at zero, so at the first step the model is
-the pretrained one; A starts as a linear layer's weight does. Afterwards W + scaling * B A is a plain weight again.
-
-    rslora   scaling = alpha / sqrt(r): a high rank no longer learns slower (Kalajdzievski 2023, arXiv:2312.03732)
-    dora     the direction is adapted by LoRA and its length by a vector m of its own, for each output
-             (Liu et al. 2024, arXiv:2402.09353):   W' = m * (W + scaling * B A) / |W + scaling * B A|
-    b_rate   LoRA+: B learns this many times faster than A (Hayou et al. 2024, arXiv:2402.12354)
+The layer, its formula and its drawing are in engine/layers/lora.py. Variants: rslora, dora, b_rate (LoRA+), init: pissa.
 """
 
 import math
-from pathlib import Path
-from typing import Any
+import re
+from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.freeze import train_only
+from engine.layers._around import load_named, replaced, shape_of
+from engine.layers.lora import LoRAEmbedding, LoRALinear
 from engine.schema import Patterns, Tune
 from engine.swap import matches, swap
-from engine.tune._around import Around, replaced, shape_of, write_peft
 
+PEFT_TYPE = "LORA"
 # the query and value projections under the names that transformers' architectures give them
 ATTENTION = "**.{query,value,q_proj,v_proj,q_lin,v_lin,query_proj,value_proj,q,v,c_attn,Wqkv}"
 
@@ -36,59 +25,16 @@ ATTENTION = "**.{query,value,q_proj,v_proj,q_lin,v_lin,query_proj,value_proj,q,v
 class Options(Tune):
     """Low-rank updates beside frozen linear layers."""
 
-    at: Patterns = Field([ATTENTION], description="Paths of the linear layers to adapt; query and value by default.")
+    at: Patterns = Field([ATTENTION], description="Paths of linear layers or embeddings to adapt; query and value by default.")
     r: int = Field(8, ge=1, description="Rank of the update.")
     alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead.")
     dora: bool = Field(False, description="Learn length and direction of each weight row apart.")
     b_rate: float = Field(1.0, gt=0, description="LoRA+: the learning rate of B over that of A.")
+    init: Literal["zero", "pissa"] = Field("zero", description="B from zero, or both from the weight's principal part (PiSSA).")
     r_pattern: dict[str, int] = Field(default_factory=dict, description="Path pattern -> rank of the layers it matches.")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
-
-
-class LoRALinear(Around):
-    """A frozen nn.Linear (or Conv1D) with a trainable low-rank update beside it."""
-
-    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, dora: bool = False):
-        super().__init__(base)
-        d_out, d_in, _ = shape_of(base)
-        self.r, self.alpha = r, alpha
-        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.lora_A = nn.Parameter(torch.empty(r, d_in))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(d_out, r))  # (out, r)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
-        self.magnitude = nn.Parameter(self.rows().norm(dim=1).detach().clone()) if dora else None  # (out,)
-
-    def rows(self) -> Tensor:
-        """The base weight as (out, in)."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight.T if self.transposed else weight
-
-    def length(self) -> Tensor:
-        """m / |W + scaling * B A| for each output, (out, 1); the norm counts as a constant, as the paper has it."""
-        assert self.magnitude is not None
-        directions = self.rows() + self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
-        return (self.magnitude / directions.norm(dim=1).detach())[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        update = self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)  # (..., out)
-        y = self.base(x)  # (..., out)
-        if self.magnitude is None:
-            return y + update  # type: ignore[no-any-return]
-        bias = 0.0 if self.bias is None else self.bias
-        return self.length()[:, 0] * (y - bias + update) + bias  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """The plain layer that computes the same. Changes the base in place."""
-        rows = self.rows() + self.scaling * (self.lora_B @ self.lora_A)
-        if self.magnitude is not None:
-            rows = self.length() * rows
-        self.base.weight.copy_(rows.T if self.transposed else rows)  # type: ignore[operator]
-        return self.base
 
 
 def apply(model: nn.Module, options: Options, head: list[str]) -> str:
@@ -102,17 +48,32 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
         return patterns[hit[-1]] if hit else default
 
     def build(old: nn.Module, path: str) -> nn.Module:
-        shape_of(old, path)
         r, alpha = chosen(options.r_pattern, path, options.r), chosen(options.alpha_pattern, path, options.alpha)
-        return LoRALinear(old, r, alpha, options.dropout, options.rslora, options.dora)
+        if type(old) is nn.Embedding:
+            _check_embedding(model, old, path, options)
+            return LoRAEmbedding(old, r, alpha, options.rslora)
+        shape_of(old, path)
+        return LoRALinear(old, r, alpha, options.dropout, options.rslora, options.dora, options.init == "pissa")
 
     done = swap(model, options.at, build, where="tune.at")
     unused = [p for p in (*options.r_pattern, *options.alpha_pattern) if p not in used]
     if unused:
         raise InputError(f"tune.r_pattern, tune.alpha_pattern: '{unused[0]}' matches none of the {len(done)} adapted layers")
     train_only(model, [f"{s.path}.{name}" for s in done for name in ("lora_A", "lora_B", "magnitude")] + head)
-    kind = "dora" if options.dora else "rslora" if options.rslora else "lora"
-    return f"{kind}: {len(done)} of {linear} linear layers, r = {options.r}"
+    kind = "dora" if options.dora else "rslora" if options.rslora else "pissa" if options.init == "pissa" else "lora"
+    tables = sum(s.old.startswith("Embedding") for s in done)
+    return (
+        f"{kind}: {len(done) - tables} of {linear} linear layers{f' and {tables} embeddings' if tables else ''}, r = {options.r}"
+    )
+
+
+def _check_embedding(model: nn.Module, old: nn.Embedding, path: str, options: Options) -> None:
+    if options.dora or options.init == "pissa" or options.dropout:
+        raise InputError(f"tune.at: {path} is an embedding; dora, pissa and dropout are for linear layers")
+    shared = [name for name, p in model.named_parameters(remove_duplicate=False) if p is old.weight]
+    if len(shared) > 1:
+        other = next(name for name in shared if not name.startswith(path + "."))
+        raise InputError(f"tune.at: {path} is tied to {other}; an update on one of them could never be merged")
 
 
 def rates(model: nn.Module, options: Options) -> dict[str, float]:
@@ -122,8 +83,8 @@ def rates(model: nn.Module, options: Options) -> dict[str, float]:
     return {f"{path}.lora_B": options.b_rate for path in adapted(model)}
 
 
-def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+def adapted(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)}
 
 
 def merge(model: nn.Module) -> None:
@@ -132,19 +93,45 @@ def merge(model: nn.Module) -> None:
         replaced(model, path, module.merged())
 
 
-def save(model: Any, folder: Path, options: Options, head: list[str], base: dict[str, Any]) -> None:
-    """Write adapter/ as the peft package reads it; `base` holds name, revision and task_type."""
+def peft(model: nn.Module, options: Options) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The peft package's config and tensors."""
     layers = adapted(model)
-    tensors: dict[str, Tensor] = {}
-    for path, m in layers.items():
-        tensors |= {f"{path}.lora_A.weight": m.lora_A, f"{path}.lora_B.weight": m.lora_B}
-        if m.magnitude is not None:
-            tensors[f"{path}.lora_magnitude_vector"] = m.magnitude
+    tensors = {f"{path}.{name}": t for path, m in layers.items() for name, t in m.for_peft().items()}
+    double = 2 if options.init == "pissa" else 1  # PiSSA is written as plain LoRA of twice the rank and the same scaling
+    grown = math.sqrt(double) if options.rslora else double
     config = {
-        "peft_type": "LORA", "r": options.r, "lora_alpha": options.alpha, "lora_dropout": options.dropout,
+        "peft_type": PEFT_TYPE, "r": double * options.r, "lora_alpha": grown * options.alpha, "lora_dropout": options.dropout,
         "target_modules": sorted(layers), "bias": "none", "init_lora_weights": True,
-        "rank_pattern": {path: m.r for path, m in layers.items() if m.r != options.r},
-        "alpha_pattern": {path: m.alpha for path, m in layers.items() if m.alpha != options.alpha},
-        "use_rslora": options.rslora, "use_dora": options.dora, "fan_in_fan_out": any(m.transposed for m in layers.values()),
+        "rank_pattern": {path: double * m.r for path, m in layers.items() if m.r != options.r},
+        "alpha_pattern": {path: grown * m.alpha for path, m in layers.items() if m.alpha != options.alpha},
+        "use_rslora": options.rslora, "use_dora": options.dora,
+        "fan_in_fan_out": any(getattr(m, "transposed", False) for m in layers.values()),
     }  # fmt: skip
-    write_peft(folder, model, head, tensors, base, config)
+    return config, tensors
+
+
+def from_peft(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The options of an adapter that peft trained. Layers and ranks are read from the tensors, so no pattern is guessed."""
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        raise InputError("bias: peft trained biases besides; merge it there, or train without")
+    ranks = {name.rpartition(".lora_A.weight")[0]: len(t) for name, t in tensors.items() if name.endswith(".lora_A.weight")}
+    ranks |= {
+        name.rpartition(".lora_embedding_A")[0]: len(t) for name, t in tensors.items() if name.endswith(".lora_embedding_A")
+    }
+    alphas = {path: pattern_of(path, config.get("alpha_pattern") or {}, config["lora_alpha"]) for path in ranks}
+    return {
+        "method": "lora", "at": list(ranks), "r": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0),
+        "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora")),
+        "r_pattern": {path: r for path, r in ranks.items() if r != config["r"]},
+        "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != config["lora_alpha"]},
+    }  # fmt: skip
+
+
+def pattern_of(path: str, patterns: dict[str, Any], default: Any) -> Any:
+    """What peft's pattern table gives for a path: its keys are regular expressions for the end of the path."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def load_peft(model: nn.Module, options: Options, tensors: dict[str, Tensor]) -> None:
+    """Put peft's tensors in."""
+    load_named({f"{path}.{name}": t for path, m in adapted(model).items() for name, t in m.for_peft().items()}, tensors)

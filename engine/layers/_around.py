@@ -1,10 +1,6 @@
-"""What the methods that wrap a linear layer share: the wrapper's shape, taking it out again, the peft package's files."""
+"""What the methods that wrap a linear layer share: the wrapper's shape, taking it out again, filling it by name."""
 
-import json
-from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
 from engine.errors import InputError
@@ -43,19 +39,13 @@ def replaced(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def write_peft(
-    folder: Path, model: Any, head: list[str], tensors: dict[str, Tensor], base: dict[str, Any], config: dict[str, Any]
-) -> None:
-    """adapter_config.json and adapter_model.safetensors as the peft package reads them.
-
-    `tensors` are named by their path in the model; `base` holds name, revision and task_type; `config` the method's keys.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    heads = {f"{path}.{name}": p for path in head for name, p in model.get_submodule(path).named_parameters()}
-    common = {
-        "task_type": base["task_type"], "base_model_name_or_path": base["name"], "revision": base["revision"],
-        "modules_to_save": head, "inference_mode": True,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps({**config, **common}, indent=2) + "\n", "utf-8")
-    plain = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in {**tensors, **heads}.items()}
-    save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})
+def load_named(mapping: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Copy `tensors` over the parameters in `mapping`, both by peft's names; every one must have its match."""
+    odd = sorted(mapping.keys() ^ tensors.keys())
+    if odd:
+        raise InputError(f"{len(odd)} tensors have no match, such as {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in mapping.items():
+            if parameter.numel() != tensors[name].numel():
+                raise InputError(f"{name} is {tuple(tensors[name].shape)}, where {tuple(parameter.shape)} is needed")
+            parameter.copy_(tensors[name].view_as(parameter))
