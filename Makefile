@@ -15,7 +15,7 @@ $(foreach name,$(VALUES),$(eval $(call literally,$(name))))
 export $(VALUES)
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune resume check layers evaluate predict describe recipes test test-slow bench lint clean
+.PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow laws bench bench-methods lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ evaluate: $(VENV)/ready ## score a finished run: RUN=runs/bert_sentiment/latest 
 predict: $(VENV)/ready ## predict one text: RUN=runs/bert_sentiment/latest TEXT="..."
 	@exec $(BIN)/python -m engine predict "$${RUN:?name one: make predict RUN=runs/bert_sentiment/latest TEXT=...}" --text "$$TEXT"
 
+merge: $(VENV)/ready ## fold a run's adapter into plain weights: RUN=runs/bert_sentiment/latest [OUT=dir]
+	@exec $(BIN)/python -m engine merge "$${RUN:?name one: make merge RUN=runs/bert_sentiment/latest}" $${OUT:+--out "$$OUT"}
+
 describe: $(VENV)/ready ## every recipe key: [KEY=train]
 	@exec $(BIN)/python -m engine describe $$KEY
 
@@ -49,6 +52,12 @@ test: $(VENV)/ready-test ## the test suite
 
 test-slow: $(VENV)/ready-test ## the tests that take minutes
 	@exec $(BIN)/python -m pytest -m slow $(ARGS)
+
+laws: $(VENV)/ready-test ## every tuning method on every architecture: the README's table
+	@exec $(BIN)/python tests/laws.py
+
+bench-methods: $(VENV)/ready-test ## every tuning method on SST-2 (hours; needs ../shared/data)
+	@exec $(BIN)/python tests/bench_methods.py $(ARGS)
 
 bench: $(VENV)/ready-test ## side by side with transformers' Trainer on SST-2 (many minutes; needs ../shared/data)
 	@exec $(BIN)/python tests/bench_trainer.py $(ARGS)

@@ -79,6 +79,13 @@ def build() -> Parser:
     given.add_argument("--text", action="append", metavar="T", help="one text; may be given again")
     given.add_argument("--input", metavar="FILE", help="rows with texts")
     sub.add_argument("--output", metavar="FILE", help="where to write; default standard output")
+    sub.add_argument(
+        "--also", action="append", metavar="RUN", help="answer by this run too, as one more adapter on the same base"
+    )
+    sub.add_argument("--allow-code", action="store_true", help="run the layer code that the run folder holds")
+    sub = verb(merge, "fold a run's adapter into plain weights, with a check", recipe=False)
+    sub.add_argument("run_folder", metavar="RUN")
+    sub.add_argument("--out", metavar="DIR", help="where to write; default RUN/merged")
     sub.add_argument("--allow-code", action="store_true", help="run the layer code that the run folder holds")
     sub = verb(describe, "every recipe key: meaning, type, default", recipe=False)
     sub.add_argument("key", nargs="?", help="a key or a group, such as train or train.clip")
@@ -129,7 +136,14 @@ def evaluate(options: Any) -> None:
 def predict(options: Any) -> None:
     from engine.predict import predict_run
 
-    predict_run(options.run_folder, options.text, options.input, options.output, options.overrides, allow_code=options.allow_code)
+    o = options
+    predict_run(o.run_folder, o.text, o.input, o.output, o.overrides, also=o.also, allow_code=o.allow_code)
+
+
+def merge(options: Any) -> None:
+    from engine.bases import merge_run
+
+    merge_run(options.run_folder, options.out, allow_code=options.allow_code)
 
 
 def describe(options: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from engine import evaluate, models, optim, runs
 from engine.data import encode, read, rows
-from engine.errors import InputError
+from engine.errors import InputError, listing
 
 TOKENS = 4096  # padded tokens in one forward pass
 
@@ -82,10 +82,45 @@ def predict_run(
     output: str | None,
     overrides: list[str],
     *,
+    also: list[str] | None = None,
     allow_code: bool = False,
 ) -> None:
-    """JSON lines: the input's columns, the label and the probabilities."""
-    run = runs.open_run(folder, overrides, allow_code=allow_code)
+    """JSON lines: the input's columns, the label and the probabilities.
+
+    With `also`, each row is answered by every one of the runs, which are held as adapters on one copy of the base weights.
+    """
+    if also:
+        opened = _several([folder, *also], allow_code)
+    else:
+        opened = {"": runs.open_run(folder, overrides, allow_code=allow_code)}
+    tables = {name: _inputs(run, texts, source) for name, run in opened.items()}
+    answers = {name: list(_answers(run, tables[name])) for name, run in opened.items()}
+    with _sink(output) as file:
+        for lines in zip(*answers.values(), strict=True):
+            for name, line in zip(answers, lines, strict=True):
+                file.write(json.dumps({"run": name, **line} if name else line, ensure_ascii=False, default=str) + "\n")
+
+
+def _several(folders: list[str], allow_code: bool) -> dict[str, runs.Run]:
+    """Runs by their folders' names, as adapters on one base."""
+    from engine import bases
+
+    shared: dict[str, Any] = {}
+    opened = {}
+    for folder in folders:
+        run, _ = bases.open_unmerged(folder, shared, allow_code=allow_code)
+        opened[str(run.folder)] = run
+    every = [p for run in opened.values() for p in run.model.parameters()]
+    held = sum(p.numel() for p in {id(p): p for p in every}.values())
+    print(
+        f"{len(opened)} runs on one base: {held:,} parameters in memory instead of {sum(p.numel() for p in every):,}",
+        file=sys.stderr,
+    )
+    return opened
+
+
+def _inputs(run: runs.Run, texts: list[str] | None, source: str | None) -> read.Table:
+    """The rows to predict, all of them usable."""
     inputs = {role: name for role, name in run.task.columns.items() if run.task.roles[role] != "target"}
     if texts is not None:
         if "text_pair" in inputs:
@@ -96,16 +131,18 @@ def predict_run(
     problems = [f"{place}: {problem[1]}" for place, row in zip(table.places, table.rows, strict=True)
                 if (problem := run.task.problem(row, target=False))]  # fmt: skip
     if problems:
-        from engine.errors import listing
-
         raise InputError(listing(problems))
+    return table
+
+
+def _answers(run: runs.Run, table: read.Table) -> Iterator[dict[str, Any]]:
+    """For each row its columns (without the target) and what the run says of it."""
     made, _ = _outputs(run, table.rows)
     target = next((name for role, name in run.task.columns.items() if run.task.roles[role] == "target"), None)
-    with _sink(output) as file:
-        for row, one in zip(table.rows, run.task.predictions(made), strict=True):
-            label = one.pop("prediction")
-            kept = {name: value for name, value in row.items() if name not in (target, "label")}
-            file.write(json.dumps({**kept, "label": label, **one}, ensure_ascii=False, default=str) + "\n")
+    for row, one in zip(table.rows, run.task.predictions(made), strict=True):
+        label = one.pop("prediction")
+        kept = {name: value for name, value in row.items() if name not in (target, "label")}
+        yield {**kept, "label": label, **one}
 
 
 @contextlib.contextmanager

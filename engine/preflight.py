@@ -82,20 +82,31 @@ def _probe(ready: prepare.Prepared) -> list[str]:
 
 
 def layers(recipe: Recipe) -> None:
-    """A table: path, class, shape, parameters, what trains."""
+    """A table: path, class, shape, parameters, what trains, and what `swap` or the tuning method put there."""
     ready = prepare.prepare(recipe, say=lambda line: None)
-    model = ready.loaded.model
+    model, own = ready.loaded.model, set(ready.own)
     lines: list[tuple[str, ...]] = []
     for path, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False))
-        if not own:
+        parameters = list(module.named_parameters(recurse=False))
+        if not parameters:
             continue
-        shape = "  ".join(f"{name}{tuple(p.shape)}" for name, p in own)
-        states = {p.requires_grad for _, p in own}
-        trains = "trains" if states == {True} else "frozen" if states == {False} else "partly"
-        lines.append((path or "(root)", type(module).__name__, shape, f"{sum(p.numel() for _, p in own):,}", trains))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        shape = "  ".join(f"{name}{tuple(p.shape)}" for name, p in parameters)
+        states = {_state(p) for _, p in parameters}
+        trains = states.pop() if len(states) == 1 else "partly"
+        by = recipe.tune.method if any(f"{path}.{name}" in own for name, _ in parameters) else _put_by_swap(path, ready)
+        lines.append((path or "(root)", type(module).__name__, shape, f"{sum(p.numel() for _, p in parameters):,}", trains, by))
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
     for line in lines:
-        print(f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]:<{widths[2]}}  {line[3]:>{widths[3]}}  {line[4]}")
+        cells = [f"{cell:>{w}}" if i == 3 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        print("  ".join(cells).rstrip())
     counts = collections.Counter(line[4] for line in lines)
     print(f"\n{len(lines)} modules with parameters: {', '.join(f'{n} {what}' for what, n in counts.items())}\n{ready.coverage}")
+
+
+def _state(parameter: torch.nn.Parameter) -> str:
+    step = getattr(parameter, "thaws", 0)
+    return f"from step {step}" if step else "trains" if parameter.requires_grad else "frozen"
+
+
+def _put_by_swap(path: str, ready: prepare.Prepared) -> str:
+    return "swap" if any(path == s.path or path.startswith(s.path + ".") for s in ready.swapped) else ""

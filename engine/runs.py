@@ -158,7 +158,7 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     import transformers
 
     folder = locate(run)
-    recipe = load(str(folder / "recipe.yaml"), overrides, code=lambda spec: _stored(folder, spec, allow_code))
+    recipe = recipe_of(folder, overrides, allow_code)
     if not (folder / "model" / "config.json").exists():
         raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
     task_class = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task
@@ -188,7 +188,7 @@ def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: b
     config = transformers.AutoConfig.from_pretrained(folder / "model", local_files_only=True)
     model = auto.from_config(config)
     if recipe.swap:
-        swap.apply_rules(model, _stored_rules(folder, recipe, allow_code), recipe.where)
+        swap.apply_rules(model, stored_rules(folder, recipe, allow_code), recipe.where)
     if getattr(method, "STAYS", False):
         method.apply(model, recipe.tune, models.head_of(model, []))
     state = {name: t for file in sorted((folder / "model").glob("*.safetensors")) for name, t in load_file(file).items()}
@@ -199,13 +199,18 @@ def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: b
     return model
 
 
+def recipe_of(folder: Path, overrides: list[str] | None, allow_code: bool) -> Recipe:
+    """The run's own recipe. A method of the user's own is read from the copy in the run, if it may run."""
+    return load(str(folder / "recipe.yaml"), overrides, code=lambda spec: _stored(folder, spec, allow_code))
+
+
 def method_of(folder: Path, recipe: Recipe, allow_code: bool) -> Any:
     """The run's tuning method; a class of the user's own comes from the copy in the run."""
     name = recipe.tune.method
     return find.method(_stored(folder, name, allow_code) if ":" in name else name, str(folder / "recipe.yaml"))
 
 
-def _stored_rules(folder: Path, recipe: Recipe, allow_code: bool) -> list[Any]:
+def stored_rules(folder: Path, recipe: Recipe, allow_code: bool) -> list[Any]:
     """The recipe's swap entries, pointing at the run's own copies of the code, if that code may run."""
     table = _table(folder)["swap"]
     if [(r["at"], r["with"]) for r in table] != [(r.at, r.with_) for r in recipe.swap]:

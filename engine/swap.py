@@ -197,7 +197,21 @@ def apply_rules(model: nn.Module, rules: list[Any], where: Callable[[str], str],
         done += swap(
             model, rule.at, build, where=f"{key}.at", weights="keep" if rule.weights == "keep" else "own", expect=rule.expect
         )
+    readers = [path for path, m in model.named_modules() if hasattr(type(m), "READS")]
+    if readers:
+        model.register_forward_pre_hook(_hand_over(readers), with_kwargs=True)
     return done
+
+
+def _hand_over(readers: list[str]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A layer whose class says READS = "attention_mask" finds the model's input of that name as an attribute of its own."""
+
+    def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for path in readers:
+            layer = model.get_submodule(path)
+            setattr(layer, str(layer.READS), kwargs.get(str(layer.READS)))
+
+    return hook
 
 
 def _builder(layer: type, options: dict[str, Any], key: str) -> Build:

@@ -81,6 +81,19 @@ EXACT = 0.0  # the same operations in the same order
 FLOAT32 = 1e-6  # relative; sums in another order
 
 
+class StopAfter:
+    """An interrupt that comes after a number of steps."""
+
+    code = 130
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
 @pytest.fixture(autouse=True)
 def _steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One seed, a working folder of its own, two threads at most."""

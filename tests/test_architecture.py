@@ -14,7 +14,8 @@ LEVELS = [
     {"checkpoint", "evaluate"},
     {"train"},
     {"prepare", "runs", "card", "finetune"},
-    {"report", "predict", "preflight"},
+    {"bases", "report"},
+    {"predict", "preflight"},
     {"__main__"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLOAT32, MakeRecipe, make_rows, write_jsonl
+from conftest import FLOAT32, MakeRecipe, StopAfter, make_rows, write_jsonl
 from safetensors.torch import load_file
 
 from engine import checkpoint, evaluate, finetune, freeze, optim, prepare
@@ -116,22 +116,11 @@ def log_of(folder: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in ("time", "seconds")} for r in records if r["event"] in ("step", "evaluation")]
 
 
-class StopAfter:
-    """An interrupt that comes after a number of steps."""
-
-    code = 130
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
 VARIANTS = {
     "full": [],
     "lora": ["tune.method=lora", "tune.r=2", "tune.dropout=0.1"],
+    "pissa": ["tune.method=lora", "tune.r=2", "tune.init=pissa"],
+    "gradual unfreezing": ["tune.unfreeze=0.3", "tune.rates={'**.LayerNorm.*': 0.5}"],
     "accumulating bfloat16": ["train.micro_batch_tokens=60", "train.precision=bfloat16"],
 }
 

@@ -4,17 +4,21 @@ The laws and the cases are in laws.py. A new file in engine/tune/ without a case
 """
 
 import copy
+import itertools
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import laws
 import pytest
 import torch
-from conftest import MakeRecipe
+from conftest import MakeRecipe, StopAfter
 from laws import ARCHITECTURES, CASES, REFUSED, logits
 
-from engine import find, finetune, freeze, prepare
+from engine import find, finetune, freeze, optim, prepare
 from engine.errors import InputError
+from engine.train import Progress, Settings, train
 
 
 def test_every_method_has_a_case() -> None:
@@ -94,8 +98,6 @@ def test_lora_plus_gives_b_its_own_rate(recipe: MakeRecipe) -> None:
     ],
 )
 def test_wrong_options_are_errors(recipe: MakeRecipe, options: str, said: str) -> None:
-    import re
-
     with pytest.raises(InputError) as error:
         finetune.finetune(recipe(options), "r", say=lambda line: None)
     assert re.search(said.replace("**", r"\*\*"), str(error.value))
@@ -134,6 +136,74 @@ def test_layer_decay_follows_its_formula(recipe: MakeRecipe) -> None:
     newest = sorted(Path("r/checkpoints").glob("step-*"))[-1]
     groups = json.loads((newest / "state.json").read_text())["groups"]
     assert {n: g["initial_lr"] / 0.01 for g in groups for n in g["names"]} == pytest.approx(rates)
+
+
+def stage_by_stage(made: Any, per_step: int = 1) -> list[set[str]]:
+    """Which parameters each step of a run moved."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    ready = prepare.prepare(made, say=lambda line: None)
+    model = ready.loaded.model
+    optimizer = optim.adamw(freeze.groups(model, 1e-2, 0.0, ready.rates), 1e-2, [0.9, 0.999], 1e-8)
+
+    def look() -> None:
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+
+    look()
+    settings = Settings(steps=8, seed=1, clip=1.0, max_skipped=0, evaluate_every=None, save_every=10**9)
+    train(
+        model, ready.task, ready.windows, optimizer, torch.amp.GradScaler("cpu", enabled=False), lambda step: 1.0,
+        lambda step: freeze.thaw(model, step), settings, Progress(), device=torch.device("cpu"),
+        autocast=optim.autocast("float32", torch.device("cpu")), evaluate=dict, save=lambda k: None, write=lambda r: look(),
+        interrupted=lambda: False,
+    )  # fmt: skip
+    return [{n for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(seen)]
+
+
+def test_gradual_unfreezing_keeps_to_its_timetable(recipe: MakeRecipe) -> None:
+    """One block from the top every E epochs, embeddings last; or what a list says, and nothing before its time."""
+    steps = prepare.prepare(recipe(), say=lambda line: None).windows.per_epoch
+    every = 2 / steps  # a stage each two steps
+    moved = stage_by_stage(recipe(f"tune.unfreeze={every}", "train.epochs=9"))
+
+    def parts(names: set[str]) -> set[str]:
+        return {re.sub(r"^bert\.(?:encoder\.)?(embeddings|layer\.\d|pooler).*|^(classifier).*", r"\1\2", n) for n in names}
+
+    top = {"classifier", "pooler"}
+    assert [parts(m) for m in moved[:8:2]] == [
+        top,
+        top | {"layer.1"},
+        top | {"layer.1", "layer.0"},
+        top | {"layer.1", "layer.0", "embeddings"},
+    ]
+    assert [parts(m) for m in moved[1:8:2]] == [parts(m) for m in moved[:8:2]]
+    table = f"[{{after: {every}, train: '**.query.*'}}, {{after: {2 * every}, train: ['**.value.bias']}}]"
+    moved = stage_by_stage(recipe("tune={method: bitfit, unfreeze: " + table + "}", "train.epochs=9"))
+    assert not any("query" in n or "value" in n for m in moved[:2] for n in m)
+    assert {n.split(".")[-2] for n in moved[2] - moved[1]} == {"query"}
+    assert {n.split(".")[-2] for n in moved[4] - moved[3]} == {"value"}
+    for wrong, said in (
+        ("[{after: 1, train: '**.kwery.*'}]", "tune.unfreeze: .*kwery.* matches nothing that this method lets train"),
+        ("[{after: 1, train: '**'}]", "nothing trains at the first step"),
+        ("-1", "a number of epochs above 0"),
+        ("[{afer: 1, train: '**'}]", "did you mean 'after'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            prepare.prepare(recipe(f"tune.unfreeze={wrong}"), say=lambda line: None)
+
+
+def test_rates_by_pattern_multiply(recipe: MakeRecipe) -> None:
+    ready = prepare.prepare(
+        recipe("tune={layer_decay: 0.5, rates: {'**.layer.1.**': 3, '**.layer.*.output.**': 0.1}}"), say=lambda line: None
+    )
+    groups = freeze.groups(ready.loaded.model, 0.01, 0.0, ready.rates)
+    rate = {n: g["initial_lr"] / 0.01 for g in groups for n in g["names"]}
+    assert rate["bert.encoder.layer.1.output.dense.weight"] == pytest.approx(0.5 * 3 * 0.1)
+    assert rate["bert.encoder.layer.1.intermediate.dense.bias"] == pytest.approx(0.5 * 3)
+    assert rate["bert.encoder.layer.0.output.dense.weight"] == pytest.approx(0.25 * 0.1)
+    assert rate["classifier.weight"] == 1
+    with pytest.raises(InputError, match="tune.rates: '\\*\\*.kwery' matches no parameter that trains"):
+        prepare.prepare(recipe("tune.rates={'**.kwery': 2}"), say=lambda line: None)
 
 
 DROPPED = """
@@ -195,3 +265,52 @@ def test_a_new_method_is_one_new_file(recipe: MakeRecipe, tmp_path: Path, monkey
     assert len(gains) == 2
     assert 1.0 not in gains
     sys.modules.pop("engine.tune.gain")
+
+
+METHOD = (
+    DROPPED.split("def apply", maxsplit=1)[0]
+    .replace("STAYS = True", "")
+    .replace("class Options(Tune)", "class GainOptions(Tune)")
+    + """
+class Method:
+    Options = GainOptions
+    STAYS = True
+
+    @staticmethod
+    def apply(model, options, head):
+        done = swap(model, options.at, lambda old, path: Gain(old), where="tune.at")
+        train_only(model, [f"{s.path}.gain" for s in done] + head)
+        return f"gain: {len(done)} projections"
+"""
+)
+
+
+def test_a_method_of_ones_own_is_a_class_in_a_file(recipe: MakeRecipe, files: Path) -> None:
+    """Named by file.py:Class it trains, resumes, opens again from the run's own copy, and is guarded like a layer."""
+    from engine.predict import evaluate_run
+    from engine.recipe import load
+    from engine.runs import open_run
+
+    (files / "mine.py").write_text(METHOD)
+    made = recipe("tune={method: 'mine.py:Method', at: '**.value'}", "checkpoint.every=1")
+    lines: list[str] = []
+    result = finetune.finetune(made, "r", say=lines.append)
+    assert any(line.startswith("tune    gain: 2 projections") for line in lines)
+    finetune.finetune(made, "half", interrupted=StopAfter(2), say=lambda line: None)
+    resumed = finetune.finetune(load("half/recipe.yaml"), "half", resume=True, say=lambda line: None)
+    assert resumed.metrics["test"] == result.metrics["test"]
+    assert evaluate_run("r", "test.jsonl", [], as_json=True)["scores"]["accuracy"] == result.metrics["test"]["accuracy"]
+    (files / "mine.py").write_text(METHOD + "\n# another file now\n")
+    with pytest.raises(InputError, match="would execute the code of r/layers/mine.py"):
+        open_run("r")
+    assert open_run("r", allow_code=True)
+    Path("r/layers/mine.py").write_text("raise SystemExit")
+    with pytest.raises(InputError, match="the file was changed"):
+        open_run("r", allow_code=True)
+    for wrong, said in (
+        ("mine.py:Meth", "no class 'Meth'; did you mean 'Method'"),
+        ("mine.py:Gain", "has no Options; a method is written as"),
+        ("nil.py:Method", "no file nil.py"),
+    ):
+        with pytest.raises(InputError, match=said):
+            recipe(f"tune.method={wrong}")

@@ -1,0 +1,107 @@
+"""A finished run opened as base model + adapter: to merge it, and to hold several adapters on one base.
+
+    run A: base weights ---.            adapter A, head A
+    run B:                 |-- shared   adapter B, head B      a prediction goes through the one that is asked for
+    run C:                 '            adapter C, head C
+
+`model/` of a run holds its weights merged. Here they are taken apart again: the pretrained model, found as in training and
+held to the sha256 that was noted then; the layers of `swap`; the method; and the tensors of adapter/. What is bit-equal
+to a base that is already open is not kept twice.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import adapters, find, models, runs, swap
+from engine.errors import InputError, RunError
+
+WORDS = ("the", "a fine day", "no", "it was not what they had been told, and nobody said why", "42", "yes; and more")
+
+
+def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, allow_code: bool = False) -> tuple[runs.Run, Any]:
+    """(the run with its adapter beside its base weights, its method).
+
+    `shared` is a table of base parameters by path: filled by the first run that is opened with it, used by the others.
+    """
+    folder = runs.locate(run)
+    recipe = runs.recipe_of(folder, [], allow_code)
+    method = runs.method_of(folder, recipe, allow_code)
+    if not (folder / "adapter" / adapters.CONFIG).exists():
+        raise InputError(f"{folder}: no adapter/: {recipe.tune.method} changes the model's own weights, and model/ holds them")
+    where = f"{folder}/recipe.yaml: model.name"
+    config = json.loads((folder / "model" / "config.json").read_text("utf-8"))
+    labels = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
+    task = find.module("tasks", recipe.task, where).Task(recipe.data.columns, labels)
+    source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, (folder,))
+    loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
+    noted = json.loads((folder / "environment.json").read_text("utf-8"))["model"]["sha256"]
+    if loaded.sha256 != noted:
+        raise InputError(
+            f"{where}: {source.folder} is not the base of this run: sha256 {loaded.sha256[:12]}..., not {noted[:12]}..."
+        )
+    model = loaded.model
+    head = models.head_of(model, loaded.fresh)
+    if recipe.swap:
+        swap.apply_rules(model, runs.stored_rules(folder, recipe, allow_code), recipe.where)
+    adapters.put_in(model, method, recipe.tune, head)
+    adapters.load(model, method, recipe.tune, adapters.read(folder / "adapter", str(folder)), head, str(folder))
+    if shared is not None:
+        share(model, shared)
+    return runs.Run(folder, recipe, task, model.eval(), loaded.tokenizer, {}), method
+
+
+def share(model: nn.Module, table: dict[str, nn.Parameter]) -> int:
+    """Let parameters that are bit-equal to the table's be the table's; add the others to it. Returns how many are shared."""
+    count = 0
+    for path, module in model.named_modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            name = f"{path}.{leaf}".replace(".base.", ".")  # a wrapped layer keeps its own path in the table
+            known = table.setdefault(name, parameter)
+            if known is not parameter and known.shape == parameter.shape and torch.equal(known, parameter):
+                module._parameters[leaf] = known
+                count += parameter.numel()
+    return count
+
+
+def probe(tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
+    """A padded batch of a few texts."""
+    return {k: v.to(device) for k, v in tokenizer(list(WORDS), padding=True, return_tensors="pt").items()}
+
+
+def merge_run(run: str, out: str | None, *, allow_code: bool = False) -> None:
+    """Write the merged model of a run to `out` (RUN/merged by default), checked before and after it was written."""
+    import transformers
+
+    one, method = open_unmerged(run, allow_code=allow_code)
+    if not hasattr(method, "merge"):
+        raise InputError(
+            f"{one.folder}: the layers of {one.recipe.tune.method} do not fold into plain weights; they stay in model/"
+        )
+    folder = Path(out) if out else one.folder / "merged"
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out {folder}: it exists and is not empty")
+    batch = probe(one.tokenizer, torch.device("cpu"))
+    apart = adapters.merge(one.model, method, batch)
+    hidden = folder.with_name(f".{folder.name}.writing")
+    try:
+        one.model.save_pretrained(hidden)
+        one.tokenizer.save_pretrained(hidden)
+        again = (
+            getattr(transformers, one.task.auto_class).from_pretrained(hidden, local_files_only=True, dtype=torch.float32).eval()
+        )
+        with torch.inference_mode():
+            if not torch.equal(again(**batch).logits, one.model(**batch).logits):
+                raise RunError(f"{hidden}: the written model computes something else than the one in memory; nothing was kept")
+        if folder.exists():
+            folder.rmdir()
+        hidden.rename(folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    print(f"{folder}: merged and unmerged outputs are {apart:.1e} apart on a probe batch; read back, it computes the same")
