@@ -3,4 +3,6 @@
 A method offers `Options` (its keys beside `tune.method`) and `apply(model, options, head)`, which swaps and freezes and
 returns the line that says so. It may offer `merge(model)`, `save(model, folder, options, head, base)` in the peft package's
 layout, `rates(model, options)` for learning rates of its own, and STAYS = True if its layers stay in the saved model.
+A run whose layers stay is opened by `apply` on the plain architecture, then given its weights; a method whose `apply` reads
+files besides offers `rebuild(model, options, head)`, which makes the same layers from what it noted in `model.config`.
 """
