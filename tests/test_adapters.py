@@ -71,7 +71,7 @@ def test_a_parallel_adapter_adds_its_update_of_the_feed_forwards_input(architect
     assert len(sites(model)) >= 2
     start = logits(build(architecture))
     assert torch.allclose(logits(model), logits(plain), atol=1e-5)
-    assert not torch.allclose(logits(model), start, atol=1e-2)
+    assert not torch.allclose(logits(model), start, atol=1e-3)
 
 
 def test_sites_keep_nothing_between_calls_and_compile() -> None:
@@ -201,13 +201,13 @@ def test_fusion_mixes_by_attention(form: str, tmp_path: Path) -> None:
     model = build("Bert")
     folders = [str(write_adapter(tmp_path / str(i), model, i, **options)) for i, options in enumerate(FUSED[form])]
     fusion.apply(model, fusion.Options(method="fusion", adapters=folders), [])
-    own = dict(model.named_parameters())
+    own = dict(model.double().named_parameters())
     for site in sites(model).values():
-        assert torch.allclose(site.value.weight, torch.eye(32), atol=1e-5)
+        assert torch.allclose(site.value.weight, torch.eye(32).double(), atol=1e-5)
         for layer in (site.query, site.key, site.value):
             nn.init.normal_(layer.weight, std=0.4)
     for path, site in sites(model).items():
-        h = torch.randn(3, 5, 32)
+        h = torch.randn(3, 5, 32).double()
         expected = torch.zeros_like(h)
         acts = [torch.relu if o.get("activation") is None else nn.functional.gelu for o in FUSED[form]]
         scalings = [o.get("scaling", 4.0 if form == "parallel" else 1.0) for o in FUSED[form]]
@@ -218,7 +218,7 @@ def test_fusion_mixes_by_attention(form: str, tmp_path: Path) -> None:
                 scores = torch.stack([q @ (site.key.weight @ one[b, t] + site.key.bias) for one in z])
                 p = torch.exp(scores) / torch.exp(scores).sum()
                 expected[b, t] = sum(p[i] * (site.value.weight @ one[b, t]) for i, one in enumerate(z))
-        assert torch.allclose(site.update(h), expected, atol=1e-4)
+        assert torch.allclose(site.update(h), expected, atol=1e-6)
 
 
 def test_fusing_one_adapter_with_itself_is_that_adapter(tmp_path: Path) -> None:
@@ -281,15 +281,14 @@ def test_a_run_is_resumed_scored_and_opened_again(recipe: MakeRecipe, bert: Path
         for i in range(2):
             write_adapter(Path(f"source-{i}/adapter"), body, i, base=str(bert), reduction=4)
         tune["fusion"] = "{method: fusion, adapters: [source-0, source-1/adapter]}"
-    options = (f"tune={tune[case]}", "train.learning_rate=3e-2", "train.warmup=0")
+    options = (f"tune={tune[case]}", "train.epochs=1", "train.warmup=0")
     whole = finetune.finetune(recipe(*options), "whole", say=lambda line: None)
-    stopped = finetune.finetune(recipe(*options), "r", say=lambda line: None, interrupted=StopAfter(4))
+    stopped = finetune.finetune(recipe(*options), "r", say=lambda line: None, interrupted=StopAfter(2))
     assert stopped.progress.stopped == "interrupted"
     result = finetune.finetune(recipe(*options), "r", resume=True, say=lambda line: None)
     assert model_bytes("r") == model_bytes("whole")
     assert log_of("r") == log_of("whole")
     assert result.metrics["test"] == whole.metrics["test"]
-    assert result.metrics["test"]["accuracy"] > 0.7
 
     for i in range(2):
         shutil.rmtree(f"source-{i}", ignore_errors=True)  # a saved fusion needs them no more
@@ -302,6 +301,9 @@ def test_a_run_is_resumed_scored_and_opened_again(recipe: MakeRecipe, bert: Path
     assert [row["label"] for row in fresh] == [row["prediction"] for row in then]
     opened = runs.open_run("r").model
     assert len(sites(opened)) == {"parallel": 2, "compacter": 4, "fusion": 4}[case]
+    for site in sites(opened).values():  # each has learnt something
+        learnt = site.value.weight - torch.eye(32) if case == "fusion" else site.up.t if case == "compacter" else site.up.weight
+        assert learnt.abs().max() > 1e-3
 
 
 # -- adapter-hub's layout ---------------------------------------------------------------------------------------------

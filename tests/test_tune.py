@@ -39,7 +39,9 @@ REFUSED = {
     ("bitfit", "Llama"): "needs biases",
     ("bitfit", "ModernBert"): "needs biases",
     ("prefix", "DebertaV2"): "prefix needs an architecture",
-    **{("after norm", name): "tune.after: norm: .* matches no module" for name in ("ModernBert", "Llama", "GPT2")},  # pre-norm
+    **{
+        ("after norm", name): "tune.after: norm: .* matches no module" for name in ("ModernBert", "Llama", "GPT2", "T5")
+    },  # pre-norm
 }
 CHANGES_AT_INIT = {"prefix"}  # a random prefix is no identity, and none is promised
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

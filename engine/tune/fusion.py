@@ -109,9 +109,7 @@ def apply(model: Any, options: Options, head: list[str]) -> str:
         for a in read
     ]
     noted = {"form": adapter.form_of(read[0].options), "sites": read[0].sites, "adapters": shapes}
-    line = _put_in(model, noted, head)
-    for i, one in enumerate(read):
-        _fill(model, i, one)
+    line = _put_in(model, noted, head, read)
     model.config.adapter_fusion = noted
     return line
 
@@ -121,12 +119,15 @@ def rebuild(model: Any, options: Options, head: list[str]) -> str:
     return _put_in(model, model.config.adapter_fusion, head)
 
 
-def _put_in(model: Any, noted: dict[str, Any], head: list[str]) -> str:
-    """Fusions at the noted sites."""
+def _put_in(model: Any, noted: dict[str, Any], head: list[str], read: list[Trained] | None = None) -> str:
+    """Fusions at the noted sites, with the weights of the adapters that were read."""
 
     def build(old: nn.Module, path: str) -> nn.Module:
         width = width_of(old, path, noted["form"])
-        return Fusion(old, noted["form"], width, [Bottleneck(width, **shape) for shape in noted["adapters"]])
+        bottlenecks = [Bottleneck(width, **shape) for shape in noted["adapters"]]
+        for bottleneck, one in zip(bottlenecks, read or [], strict=read is not None):
+            _fill(bottleneck, one, path)
+        return Fusion(old, noted["form"], width, bottlenecks)
 
     done = swap(model, noted["sites"], build, where="tune.adapters")
     train_only(model, [f"{s.path}.{part}" for s in done for part in TRAINED] + head)
@@ -134,17 +135,16 @@ def _put_in(model: Any, noted: dict[str, Any], head: list[str]) -> str:
 
 
 @torch.no_grad()
-def _fill(model: Any, i: int, one: Trained) -> None:
-    """Copy adapter i's tensors into every site."""
-    for site in one.sites:
-        for name, parameter in model.get_submodule(site).adapters[i].named_parameters():
-            tensor = one.tensors[f"{site}.{name}"]
-            if tensor.shape != parameter.shape:
-                raise InputError(
-                    f"{one.where}: {site}.{name} is {tuple(tensor.shape)}, where this model's hidden size asks for"
-                    f" {tuple(parameter.shape)}"
-                )
-            parameter.copy_(tensor)
+def _fill(bottleneck: Bottleneck, one: Trained, site: str) -> None:
+    """Copy what an adapter learnt at `site` into a bottleneck."""
+    for name, parameter in bottleneck.named_parameters():
+        tensor = one.tensors[f"{site}.{name}"]
+        if tensor.shape != parameter.shape:
+            raise InputError(
+                f"{one.where}: {site}.{name} is {tuple(tensor.shape)}, where this model's hidden size asks for"
+                f" {tuple(parameter.shape)}"
+            )
+        parameter.copy_(tensor)
 
 
 # -- reading trained adapters -----------------------------------------------------------------------------------------
@@ -184,10 +184,10 @@ def _check_base(base: str, revision: str | None, ours: str, where: str, folder: 
     if not ours or base == ours:  # a model that was built, not loaded, has no name
         return
     try:
-        theirs = models.find(base, revision, True, where).folder
-    except InputError:
-        theirs = None
-    if theirs is None or theirs.resolve() != Path(ours).resolve():
+        same = models.find(base, revision, True, where).folder.resolve() == Path(ours).resolve()
+    except InputError:  # not found from here: a path relative to another recipe's folder, perhaps
+        same = f"/{Path(ours).as_posix()}".endswith(f"/{base.lstrip('./')}")
+    if not same:
         raise InputError(
             f"{where}: it was trained on {base}, but this model is {ours}; if they are the same model,"
             f" correct base_model_name_or_path in {folder / 'adapter_config.json'}"
