@@ -252,6 +252,9 @@ def test_adapters_that_do_not_suit_are_errors(tmp_path: Path, bert: Path, still_
     lora = shutil.copytree(good, tmp_path / "lora")
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert "its method is LORA; fusion mixes bottleneck adapters" in said(good, lora)
+    odd = shutil.copytree(good, tmp_path / "odd")
+    (odd / "adapter_config.json").write_text('{"engine_method": "adapter", "options": {"reduction": "four"}}')
+    assert "adapter_config.json: options: " in said(good, odd)
     broken = shutil.copytree(good, tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"\0" * 20)
     assert "cannot be read" in said(good, broken)
@@ -266,6 +269,9 @@ def test_adapters_that_do_not_suit_are_errors(tmp_path: Path, bert: Path, still_
     one = write_adapter(tmp_path / "one", model, 0, base=str(bert))
     two = write_adapter(tmp_path / "two", model, 0, base=str(still_bert))
     assert f"it was trained on {still_bert}, but this model is {bert}" in said(one, two)
+    three = write_adapter(tmp_path / "three", model, 0, base=f"../{bert.name}")  # as a recipe in a neighbouring folder says it
+    fusion.apply(model, fusion.Options(method="fusion", adapters=[str(one), str(three)]), [])
+    assert len(sites(model)) == 4
 
 
 # -- from beginning to end --------------------------------------------------------------------------------------------

@@ -167,7 +167,10 @@ def _read(name: str, where: str, model: Any) -> Trained:
         kind = method or config.get("peft_type") or "unknown"
         raise InputError(f"{where}: its method is {kind}; fusion mixes bottleneck adapters (tune.method: adapter)")
     _check_base(base, config.get("revision"), str(getattr(model, "name_or_path", "")), where, folder)
-    options = adapter.Options.model_validate({"method": "adapter", **config["options"]})
+    try:
+        options = adapter.Options.model_validate({"method": "adapter", **config["options"]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {folder / 'adapter_config.json'}: options: {str(error).splitlines()[0]}") from error
     sites = [n.removesuffix(".down.weight") for n in tensors if n.endswith(".down.weight")]
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     lost = [s for s in sites if s not in order]
