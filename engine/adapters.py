@@ -106,6 +106,14 @@ def read(folder: Path, where: str) -> Adapter:
         tensors = {_plain(name): t for name, t in _tensors(folder, where).items()}
         options = find.module("tune", kinds[kind], where).from_peft(config, tensors)
         return Adapter(folder, kinds[kind], options, tensors, base, False)
+    from engine.tune import _hub_layout
+
+    if _hub_layout.recognised(folder):
+        try:
+            options, tensors, head = _hub_layout.read(folder)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        return Adapter(folder, "adapter", options, {**tensors, **head}, base, True)
     raise InputError(f"{where}: {folder / CONFIG} is in no layout that is known here: it has no peft_type")
 
 

@@ -190,7 +190,7 @@ def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: b
     if recipe.swap:
         swap.apply_rules(model, stored_rules(folder, recipe, allow_code), recipe.where)
     if getattr(method, "STAYS", False):
-        method.apply(model, recipe.tune, models.head_of(model, []))
+        getattr(method, "rebuild", method.apply)(model, recipe.tune, models.head_of(model, []))
     state = {name: t for file in sorted((folder / "model").glob("*.safetensors")) for name, t in load_file(file).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

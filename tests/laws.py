@@ -44,12 +44,18 @@ CASES: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},
     "houlsby": {"method": "adapter", "reduction": 4},
     "pfeiffer": {"method": "adapter", "placement": "pfeiffer", "reduction": 4},
+    "after norm": {"method": "adapter", "placement": "pfeiffer", "after": "norm", "reduction": 4},
+    "parallel": {"method": "adapter", "placement": "parallel", "reduction": 4},
+    "compacter": {"method": "compacter", "reduction": 4, "n": 4, "rank": 2},
     "prefix": {"method": "prefix", "length": 5},
     "prefix, reparametrised": {"method": "prefix", "length": 5, "reparametrize": True, "bottleneck": 16},
 }
 REFUSED = {
     ("bitfit", "Llama"): "needs biases",
     ("bitfit", "ModernBert"): "needs biases",
+    **{
+        ("after norm", name): "tune.after: norm: .* matches no module" for name in ("ModernBert", "Llama", "GPT2", "T5")
+    },  # pre-norm
     ("prefix", "DebertaV2"): "prefix needs an architecture",
     ("prefix, reparametrised", "DebertaV2"): "prefix needs an architecture",
 }
@@ -182,10 +188,12 @@ def own_gradients(one: Tuned) -> None:
 
 
 def base_bit_equal(one: Tuned) -> None:
-    before, model = dict(one.base.named_parameters()), trained(one)
+    before, start, model = dict(one.base.named_parameters()), dict(one.model.named_parameters()), trained(one)
     for name, parameter in model.named_parameters():
         if name not in one.own:
-            assert torch.equal(parameter, before[plain_name(name)]), name
+            assert torch.equal(parameter, start[name]), name
+            assert plain_name(name) not in before or torch.equal(parameter, before[plain_name(name)]), name
+    assert {plain_name(n) for n in start} >= set(before)
     assert not torch.allclose(logits(model), logits(one.base), atol=1e-3)
 
 

@@ -22,7 +22,8 @@ from engine.train import Progress, Settings, train
 
 
 def test_every_method_has_a_case() -> None:
-    assert {c["method"] for c in CASES.values()} == set(find.names("tune"))
+    elsewhere = {"fusion"}  # it needs trained adapters: tests/test_adapters.py writes them and calls these laws
+    assert {c["method"] for c in CASES.values()} == set(find.names("tune")) - elsewhere
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

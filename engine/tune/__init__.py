@@ -6,6 +6,8 @@ returns the line that says so. It may offer
     merge(model)              fold what was learnt into plain weights, in place
     rates(model, options)     parameter name -> factor of the learning rate
     STAYS = True              its layers stay in the saved model
+    rebuild(model, options, head)   make its layers again when a run is opened, where `apply` reads files besides:
+                              from what it noted in model.config
     PEFT_TYPE, peft(model, options) -> (config, tensors), from_peft(config, tensors) -> options, load_peft(model, options, tensors)
                               the peft package's name for it, and its layout out and in
 """
