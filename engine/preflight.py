@@ -7,6 +7,7 @@ import torch
 
 from engine import optim, prepare, seeds
 from engine.data.windows import describe_plan
+from engine.layers.quantized import QuantizedLinear
 from engine.recipe import Recipe, shown
 
 
@@ -51,8 +52,9 @@ def check(recipe: Recipe) -> None:
 
 
 def _memory(model: torch.nn.Module) -> int:
-    """Bytes of parameters, and of gradient and two averages for those that train."""
-    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+    """Bytes of parameters and buffers, and of gradient and two averages for what trains."""
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return held + 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _probe(ready: prepare.Prepared) -> list[str]:
@@ -87,13 +89,15 @@ def layers(recipe: Recipe) -> None:
     model = ready.loaded.model
     lines: list[tuple[str, ...]] = []
     for path, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False))
+        own = [(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters(recurse=False)]
+        if isinstance(module, QuantizedLinear):
+            own.insert(0, (f"weight as {module.quantize} ", (module.out_features, module.in_features), False))
         if not own:
             continue
-        shape = "  ".join(f"{name}{tuple(p.shape)}" for name, p in own)
-        states = {p.requires_grad for _, p in own}
+        shape = "  ".join(f"{name}{size}" for name, size, _ in own)
+        states = {trains for *_, trains in own}
         trains = "trains" if states == {True} else "frozen" if states == {False} else "partly"
-        lines.append((path or "(root)", type(module).__name__, shape, f"{sum(p.numel() for _, p in own):,}", trains))
+        lines.append((path or "(root)", type(module).__name__, shape, f"{sum(math.prod(size) for _, size, _ in own):,}", trains))
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
     for line in lines:
         print(f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]:<{widths[2]}}  {line[3]:>{widths[3]}}  {line[4]}")

@@ -131,6 +131,7 @@ class StopAfter:
 VARIANTS = {
     "full": [],
     "lora": ["tune.method=lora", "tune.r=2", "tune.dropout=0.1"],
+    "qlora": ["tune={method: lora, r: 2, quantize: nf4}"],
     "accumulating bfloat16": ["train.micro_batch_tokens=60", "train.precision=bfloat16"],
 }
 

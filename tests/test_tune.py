@@ -16,6 +16,7 @@ from torch import nn
 
 from engine import find, finetune, freeze, models, prepare
 from engine.errors import InputError
+from engine.layers.quantized import quantized
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
@@ -26,6 +27,10 @@ CASES: dict[str, dict[str, Any]] = {
     "rslora": {"method": "lora", "r": 4, "rslora": True},
     "dora": {"method": "lora", "r": 4, "dora": True},
     "loraplus": {"method": "lora", "b_rate": 16.0},
+    "qlora nf4": {"method": "lora", "r": 4, "quantize": "nf4", "block": 16},
+    "qlora int8": {"method": "lora", "r": 4, "quantize": "int8"},
+    "qdora": {"method": "lora", "r": 4, "dora": True, "quantize": "nf4", "double_quant": False},
+    "qrslora": {"method": "lora", "r": 4, "rslora": True, "quantize": "nf4", "block": 32},
     "ia3": {"method": "ia3"},
     "houlsby": {"method": "adapter", "reduction": 4},
     "prefix": {"method": "prefix", "length": 5},
@@ -79,6 +84,24 @@ def apply(model: Any, case: str) -> tuple[Any, Any]:
     return method, made
 
 
+def rounded(model: nn.Module, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """With `quantize`, put the weights that the codes stand for into the float model: {parameter name: weight (out, in)}."""
+    weights: dict[str, torch.Tensor] = {}
+    if options.get("quantize"):
+        copied = copy.deepcopy(model)
+        method = find.module("tune", options["method"], "test")
+        method.apply(copied, method.Options.model_validate(options), models.head_of(copied, []))
+        for path, layer in quantized(copied).items():
+            weights[plain_name(f"{path}.weight")] = layer.weight
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameter = model.get_parameter(name)
+            conv1d = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+            assert not torch.equal(parameter, weight.T if conv1d else weight)
+            parameter.copy_(weight.T if conv1d else weight)
+    return weights
+
+
 def train(model: Any, method: Any, options: Any, steps: int = 3) -> None:
     rates = method.rates(model, options) if hasattr(method, "rates") else {}
     optimizer = torch.optim.AdamW(freeze.groups(model, 1e-2, 0.01, rates))
@@ -93,6 +116,11 @@ def plain_name(name: str) -> str:
     return name.replace(".base.", ".")
 
 
+def frozen_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the quantised layers compute with, by the plain name."""
+    return {plain_name(f"{path}.weight"): layer.weight for path, layer in quantized(model).items()}
+
+
 def test_every_method_has_a_case() -> None:
     assert {c["method"] for c in CASES.values()} == set(find.names("tune"))
 
@@ -105,8 +133,9 @@ Law = Callable[[str, str], None]
 def test_laws(case: str, architecture: str) -> None:
     base = build(architecture)
     before = {n: p.detach().clone() for n, p in base.named_parameters()}
-    expected = logits(base)
     model = copy.deepcopy(base)
+    codes = rounded(base, CASES[case])  # the law for a quantised base: it is the float model with rounded weights
+    expected = logits(base)
     refused = REFUSED.get((CASES[case]["method"], architecture))
     if refused:
         with pytest.raises(InputError, match=refused):
@@ -134,6 +163,9 @@ def test_laws(case: str, architecture: str) -> None:
     for name, parameter in model.named_parameters():
         if name not in own:
             assert torch.equal(parameter, before[plain_name(name)]), name
+    held = frozen_weights(model)
+    assert held.keys() == codes.keys()
+    assert all(torch.equal(held[name], codes[name]) for name in codes)
     trained = logits(model)
     assert not torch.allclose(trained, expected, atol=1e-3)
 

@@ -12,12 +12,14 @@ the pretrained one; A starts as a linear layer's weight does. Afterwards W + sca
     rslora   scaling = alpha / sqrt(r): a high rank no longer learns slower (Kalajdzievski 2023, arXiv:2312.03732)
     dora     the direction is adapted by LoRA and its length by a vector m of its own, for each output
              (Liu et al. 2024, arXiv:2402.09353):   W' = m * (W + scaling * B A) / |W + scaling * B A|
+    quantize QLoRA: the frozen weights are held in 4 bits (nf4) or 8 (int8), see engine/layers/quantized.py; what is
+             merged and saved is the quantised weight plus the update, as plain floats (arXiv:2305.14314)
     b_rate   LoRA+: B learns this many times faster than A (Hayou et al. 2024, arXiv:2402.12354)
 """
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.freeze import train_only
+from engine.layers import quantized
 from engine.schema import Patterns, Tune
 from engine.swap import matches, swap
 from engine.tune._around import Around, replaced, shape_of, write_peft
@@ -45,6 +48,9 @@ class Options(Tune):
     b_rate: float = Field(1.0, gt=0, description="LoRA+: the learning rate of B over that of A.")
     r_pattern: dict[str, int] = Field(default_factory=dict, description="Path pattern -> rank of the layers it matches.")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
+    quantize: Literal["nf4", "int8"] | None = Field(None, description="QLoRA: hold frozen weights of the blocks in 4 or 8 bits.")
+    block: int = Field(64, ge=2, multiple_of=2, description="nf4: so many weights share a scale.")
+    double_quant: bool = Field(True, description="nf4: quantise the scales too.")
 
 
 class LoRALinear(Around):
@@ -84,17 +90,20 @@ class LoRALinear(Around):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The plain layer that computes the same. Changes the base in place."""
+        base = self.plain_base()
         rows = self.rows() + self.scaling * (self.lora_B @ self.lora_A)
         if self.magnitude is not None:
             rows = self.length() * rows
-        self.base.weight.copy_(rows.T if self.transposed else rows)  # type: ignore[operator]
-        return self.base
+        conv1d = type(base).__name__ == "Conv1D"
+        base.weight.copy_(rows.T if conv1d else rows)  # type: ignore[operator]
+        return base
 
 
 def apply(model: nn.Module, options: Options, head: list[str]) -> str:
     """Wrap the matched layers, freeze the rest but the head; returns the coverage line."""
     linear = sum(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in model.modules())
     used: set[str] = set()
+    how: Any = (options.quantize, options.block, options.double_quant)
 
     def chosen(patterns: dict[str, Any], path: str, default: Any) -> Any:
         hit = [p for p in patterns if matches(p, path)]
@@ -104,15 +113,19 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
     def build(old: nn.Module, path: str) -> nn.Module:
         shape_of(old, path)
         r, alpha = chosen(options.r_pattern, path, options.r), chosen(options.alpha_pattern, path, options.alpha)
-        return LoRALinear(old, r, alpha, options.dropout, options.rslora, options.dora)
+        base = quantized.QuantizedLinear.from_old(old, *how) if options.quantize else old
+        return LoRALinear(base, r, alpha, options.dropout, options.rslora, options.dora)
 
     done = swap(model, options.at, build, where="tune.at")
     unused = [p for p in (*options.r_pattern, *options.alpha_pattern) if p not in used]
     if unused:
         raise InputError(f"tune.r_pattern, tune.alpha_pattern: '{unused[0]}' matches none of the {len(done)} adapted layers")
     train_only(model, [f"{s.path}.{name}" for s in done for name in ("lora_A", "lora_B", "magnitude")] + head)
+    if options.quantize:
+        quantized.quantize_blocks(model, head, *how)
     kind = "dora" if options.dora else "rslora" if options.rslora else "lora"
-    return f"{kind}: {len(done)} of {linear} linear layers, r = {options.r}"
+    held = f"; {quantized.said(model)}" if options.quantize else ""
+    return f"{kind}: {len(done)} of {linear} linear layers, r = {options.r}{held}"
 
 
 def rates(model: nn.Module, options: Options) -> dict[str, float]:
@@ -130,6 +143,8 @@ def merge(model: nn.Module) -> None:
     """Fold every update into its base weight, in place: the model is plain again and computes the same."""
     for path, module in adapted(model).items():
         replaced(model, path, module.merged())
+    for path, layer in quantized.quantized(model).items():
+        replaced(model, path, layer.plain())
 
 
 def save(model: Any, folder: Path, options: Options, head: list[str], base: dict[str, Any]) -> None:
@@ -145,6 +160,7 @@ def save(model: Any, folder: Path, options: Options, head: list[str], base: dict
         "target_modules": sorted(layers), "bias": "none", "init_lora_weights": True,
         "rank_pattern": {path: m.r for path, m in layers.items() if m.r != options.r},
         "alpha_pattern": {path: m.alpha for path, m in layers.items() if m.alpha != options.alpha},
-        "use_rslora": options.rslora, "use_dora": options.dora, "fan_in_fan_out": any(m.transposed for m in layers.values()),
+        "use_rslora": options.rslora, "use_dora": options.dora,
+        "fan_in_fan_out": any(m.transposed or getattr(m.base, "conv1d", False) for m in layers.values()),
     }  # fmt: skip
     write_peft(folder, model, head, tensors, base, config)
