@@ -155,10 +155,12 @@ def test_lora_on_it_is_lora_on_the_dequantised_layer(code: tuple[str, int, bool]
     from transformers.pytorch_utils import Conv1D
 
     old = nn.Linear(10, 12) if kind == "Linear" else Conv1D(12, 10)
+    nn.init.normal_(old.bias)
     ours = lora.LoRALinear(QuantizedLinear.from_old(old, *code), r=3, alpha=6, **options)
     nn.init.normal_(ours.lora_B)
     plain = lora.LoRALinear(ours.base.plain(), r=3, alpha=6, **options)
     assert type(plain.base).__name__ == kind
+    assert torch.equal(plain.base.bias, old.bias)
     missing, unexpected = ours.load_state_dict(plain.state_dict(), strict=False)
     assert {n.rpartition(".")[0] for n in missing} == {"base"}, "only the codes stay its own"
     assert unexpected == ["base.weight"]

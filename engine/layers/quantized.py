@@ -245,15 +245,14 @@ def bitsandbytes_product(layer: QuantizedLinear, x: Tensor) -> Tensor:
 # -- a whole model ----------------------------------------------------------------------------------------------------
 
 
-def quantize_blocks(model: nn.Module, head: list[str], quantize: Code, block: int, double_quant: bool) -> None:
-    """Quantise every linear layer that still has float weights inside a model's blocks; the head is left alone."""
+def quantize_blocks(model: nn.Module, quantize: Code, block: int, double_quant: bool) -> None:
+    """Quantise every linear layer inside a model's blocks that is frozen and not yet quantised."""
     stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     paths = [
         path
         for path, module in model.named_modules()
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
         and any(path.startswith(f"{stack}.") for stack in stacks)
-        and not any(path == p or path.startswith(f"{p}.") for p in head)
         and not any(p.requires_grad for p in module.parameters())
     ]
     if paths:

@@ -122,7 +122,7 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
         raise InputError(f"tune.r_pattern, tune.alpha_pattern: '{unused[0]}' matches none of the {len(done)} adapted layers")
     train_only(model, [f"{s.path}.{name}" for s in done for name in ("lora_A", "lora_B", "magnitude")] + head)
     if options.quantize:
-        quantized.quantize_blocks(model, head, *how)
+        quantized.quantize_blocks(model, *how)
     kind = "dora" if options.dora else "rslora" if options.rslora else "lora"
     held = f"; {quantized.said(model)}" if options.quantize else ""
     return f"{kind}: {len(done)} of {linear} linear layers, r = {options.r}{held}"
