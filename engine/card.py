@@ -31,6 +31,13 @@ def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names
         "```",
         "",
     ]
+    code = getattr(recipe.tune, "quantize", None)
+    if code:
+        lines += [
+            f"**Trained on a base in {code}.** This model is that base plus the update, as plain floats. The adapter in `adapter/`"
+            f" was fitted to the same {code} codes: on the float base it gives slightly other results.",
+            "",
+        ]
     if keeps_layers:
         lines += [
             "**This model has layers of its own.** AutoModel alone would leave them out; use the run folder: `python -m engine predict RUN`.",

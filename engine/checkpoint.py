@@ -1,7 +1,7 @@
 """Checkpoints: directories that are whole or not there.
 
     checkpoints/step-00000120/   to go on: weights, optimizer, state     checkpoints/best-00000100/   the best weights
-        weights.safetensors      what trains, and the buffers
+        weights.safetensors      what trains, and the buffers but for quantised weights, which the base makes again
         optimizer.safetensors    AdamW's averages, by parameter name
         state.json               Progress, learning rates, scaler
         manifest.json            sha256 and size of each file, written last
@@ -24,15 +24,17 @@ from torch import Tensor, nn
 
 from engine.errors import RunError
 from engine.freeze import ever_trains
+from engine.layers.quantized import quantized
 from engine.models import sha256
 
 MANIFEST = "manifest.json"
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a step can change: the parameters that train, now or later, and the buffers."""
+    """What a step can change: the parameters that train, now or later, and the buffers that are no quantised weights."""
     state = model.state_dict(keep_vars=True)
-    return {name: t.detach() for name, t in state.items() if not isinstance(t, nn.Parameter) or ever_trains(t)}
+    codes = {f"{path}.{name}" for path, layer in quantized(model).items() for name, _ in layer.named_buffers()}
+    return {n: t.detach() for n, t in state.items() if n not in codes and (not isinstance(t, nn.Parameter) or ever_trains(t))}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

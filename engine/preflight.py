@@ -7,6 +7,7 @@ import torch
 
 from engine import optim, prepare, seeds
 from engine.data.windows import describe_plan
+from engine.layers.quantized import QuantizedLinear
 from engine.recipe import Recipe, shown
 
 
@@ -51,8 +52,9 @@ def check(recipe: Recipe) -> None:
 
 
 def _memory(model: torch.nn.Module) -> int:
-    """Bytes of parameters, and of gradient and two averages for those that train."""
-    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+    """Bytes of parameters and buffers, and of gradient and two averages for what trains."""
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return held + 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _probe(ready: prepare.Prepared) -> list[str]:
@@ -87,14 +89,16 @@ def layers(recipe: Recipe) -> None:
     model, own = ready.loaded.model, set(ready.own)
     lines: list[tuple[str, ...]] = []
     for path, module in model.named_modules():
-        parameters = list(module.named_parameters(recurse=False))
-        if not parameters:
+        held = [(name, tuple(p.shape), _state(p)) for name, p in module.named_parameters(recurse=False)]
+        if isinstance(module, QuantizedLinear):
+            held.insert(0, (f"weight as {module.quantize} ", (module.out_features, module.in_features), "frozen"))
+        if not held:
             continue
-        shape = "  ".join(f"{name}{tuple(p.shape)}" for name, p in parameters)
-        states = {_state(p) for _, p in parameters}
+        shape = "  ".join(f"{name}{size}" for name, size, _ in held)
+        states = {state for *_, state in held}
         trains = states.pop() if len(states) == 1 else "partly"
-        by = recipe.tune.method if any(f"{path}.{name}" in own for name, _ in parameters) else _put_by_swap(path, ready)
-        lines.append((path or "(root)", type(module).__name__, shape, f"{sum(p.numel() for _, p in parameters):,}", trains, by))
+        by = recipe.tune.method if any(f"{path}.{name}" in own for name, *_ in held) else _put_by_swap(path, ready)
+        lines.append((path or "(root)", type(module).__name__, shape, f"{sum(math.prod(s) for _, s, _ in held):,}", trains, by))
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     for line in lines:
         cells = [f"{cell:>{w}}" if i == 3 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))]

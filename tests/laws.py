@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine import adapters, find, freeze, models
 from engine.errors import InputError
+from engine.layers.quantized import quantized
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
@@ -36,6 +37,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dora": {"method": "lora", "r": 4, "dora": True},
     "lora+": {"method": "lora", "b_rate": 16.0},
     "pissa": {"method": "lora", "r": 4, "init": "pissa"},
+    "qlora nf4": {"method": "lora", "r": 4, "quantize": "nf4", "block": 16},
+    "qlora int8": {"method": "lora", "r": 4, "quantize": "int8"},
+    "qdora": {"method": "lora", "r": 4, "dora": True, "quantize": "nf4", "double_quant": False},
+    "pissa on nf4": {"method": "lora", "r": 4, "init": "pissa", "quantize": "nf4", "block": 32},
     "lora on embeddings": {
         "method": "lora",
         "r": 4,
@@ -146,10 +151,19 @@ def apply(model: Any, case: str) -> tuple[Any, Any]:
 
 
 def tuned(case: str, architecture: str) -> Tuned:
-    """The case on the architecture; raises InputError where the method refuses it."""
+    """The case on the architecture; raises InputError where the method refuses it.
+
+    The law for a quantised base: it is the float model with rounded weights. So that is the base to compare with.
+    """
     base = build(architecture)
     model = copy.deepcopy(base)
     method, options = apply(model, case)
+    with torch.no_grad():
+        for name, weight in held_in_codes(model).items():
+            parameter = base.get_parameter(name)
+            conv1d = type(base.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+            assert not torch.equal(parameter, weight.T if conv1d else weight)
+            parameter.copy_(weight.T if conv1d else weight)
     return Tuned(case, architecture, base, model, method, options, {n for n, p in model.named_parameters() if p.requires_grad})
 
 
@@ -170,6 +184,11 @@ def trained(one: Tuned, steps: int = 3) -> Any:
 
 def plain_name(name: str) -> str:
     return name.replace(".base.", ".")
+
+
+def held_in_codes(model: nn.Module) -> dict[str, Tensor]:
+    """What the quantised layers compute with, (out, in), by the plain name."""
+    return {plain_name(f"{path}.weight"): layer.weight for path, layer in quantized(model).items()}
 
 
 # -- the laws: each takes a Tuned and asserts -------------------------------------------------------------------------
@@ -193,7 +212,10 @@ def base_bit_equal(one: Tuned) -> None:
         if name not in one.own:
             assert torch.equal(parameter, start[name]), name
             assert plain_name(name) not in before or torch.equal(parameter, before[plain_name(name)]), name
-    assert {plain_name(n) for n in start} >= set(before)
+    codes, now = held_in_codes(one.model), held_in_codes(model)
+    assert {plain_name(n) for n in start} | codes.keys() >= set(before)
+    assert codes.keys() == now.keys()
+    assert all(torch.equal(now[name], codes[name]) for name in codes)
     assert not torch.allclose(logits(model), logits(one.base), atol=1e-3)
 
 

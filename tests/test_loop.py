@@ -121,6 +121,7 @@ VARIANTS = {
     "lora": ["tune.method=lora", "tune.r=2", "tune.dropout=0.1"],
     "pissa": ["tune.method=lora", "tune.r=2", "tune.init=pissa"],
     "gradual unfreezing": ["tune.unfreeze=0.3", "tune.rates={'**.LayerNorm.*': 0.5}"],
+    "qlora": ["tune={method: lora, r: 2, quantize: nf4}"],
     "accumulating bfloat16": ["train.micro_batch_tokens=60", "train.precision=bfloat16"],
 }
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import InputError
+from engine.layers.quantized import QuantizedLinear
 
 
 def shape_of(layer: nn.Module, path: str = "") -> tuple[int, int, bool]:
@@ -13,6 +14,10 @@ def shape_of(layer: nn.Module, path: str = "") -> tuple[int, int, bool]:
     if type(layer).__name__ == "Conv1D":
         d_in, d_out = layer.weight.shape  # type: ignore[misc]
         return int(d_out), int(d_in), True
+    if isinstance(layer, QuantizedLinear):
+        if path:  # nobody's but the method's own can be made plain again for model/
+            raise InputError(f"tune.at: {path} is quantised by swap; take it out there and set tune.quantize (lora)")
+        return layer.out_features, layer.in_features, False
     raise InputError(f"tune.at: {path} is a {type(layer).__name__}; this method adapts linear layers")
 
 
@@ -23,6 +28,10 @@ class Around(nn.Module):
         super().__init__()
         self.base = base
         self.transposed = shape_of(base)[2]
+
+    def plain_base(self) -> nn.Module:
+        """The base with float weights, to fold something into; a quantised one is made plain for good."""
+        return self.base.plain() if isinstance(self.base, QuantizedLinear) else self.base
 
     @property
     def weight(self) -> Tensor:  # some architectures look at their layers' weight and dtype

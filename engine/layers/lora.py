@@ -12,6 +12,8 @@ the pretrained one; A starts as a linear layer's weight does. Afterwards W + sca
     rslora   scaling = alpha / sqrt(r): a high rank no longer learns slower (Kalajdzievski 2023, arXiv:2312.03732)
     dora     the direction is adapted by LoRA and its length by a vector m of its own, for each output
              (Liu et al. 2024, arXiv:2402.09353):   W' = m * (W + scaling * B A) / |W + scaling * B A|
+    quantize QLoRA: the frozen weights are held in 4 bits (nf4) or 8 (int8), see engine/layers/quantized.py; what is
+             merged and saved is the quantised weight plus the update, as plain floats (arXiv:2305.14314)
     b_rate   LoRA+: B learns this many times faster than A (Hayou et al. 2024, arXiv:2402.12354)
     pissa    A and B start as the principal part of W, by its singular values (Meng et al. 2024, arXiv:2404.02948):
              B_0 A_0 = U_r S_r V_r^T / scaling; the update is scaling * (B A - B_0 A_0), which is zero at first. The paper
@@ -100,11 +102,12 @@ class LoRALinear(Around):
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The plain layer that computes the same. Changes the base in place."""
+        base = self.plain_base()
         rows = self.rows() + self.delta()
         if self.magnitude is not None:
             rows = self.length() * rows
-        self.base.weight.copy_(rows.T if self.transposed else rows)  # type: ignore[operator]
-        return self.base
+        base.weight.copy_(rows.T if type(base).__name__ == "Conv1D" else rows)  # type: ignore[operator]
+        return base
 
     def for_peft(self) -> dict[str, Tensor]:
         """Tensors by the peft package's names. PiSSA's difference is written as plain LoRA of rank 2 r: [B, -B_0] [A; A_0]."""

@@ -1,6 +1,6 @@
 """LoRA as a method: which layers get a low-rank update, what trains, how it is merged and exchanged with peft.
 
-The layer, its formula and its drawing are in engine/layers/lora.py. Variants: rslora, dora, b_rate (LoRA+), init: pissa.
+The layer, its formula and its drawing are in engine/layers/lora.py. Variants: rslora, dora, b_rate (LoRA+), init: pissa, quantize (QLoRA).
 """
 
 import math
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.freeze import train_only
+from engine.layers import quantized
 from engine.layers._around import load_named, replaced, shape_of
 from engine.layers.lora import LoRAEmbedding, LoRALinear
 from engine.schema import Patterns, Tune
@@ -35,12 +36,16 @@ class Options(Tune):
     init: Literal["zero", "pissa"] = Field("zero", description="B from zero, or both from the weight's principal part (PiSSA).")
     r_pattern: dict[str, int] = Field(default_factory=dict, description="Path pattern -> rank of the layers it matches.")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
+    quantize: Literal["nf4", "int8"] | None = Field(None, description="QLoRA: hold frozen weights of the blocks in 4 or 8 bits.")
+    block: int = Field(64, ge=2, multiple_of=2, description="nf4: so many weights share a scale.")
+    double_quant: bool = Field(True, description="nf4: quantise the scales too.")
 
 
 def apply(model: nn.Module, options: Options, head: list[str]) -> str:
     """Wrap the matched layers, freeze the rest but the head; returns the coverage line."""
     linear = sum(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in model.modules())
     used: set[str] = set()
+    how: Any = (options.quantize, options.block, options.double_quant)
 
     def chosen(patterns: dict[str, Any], path: str, default: Any) -> Any:
         hit = [p for p in patterns if matches(p, path)]
@@ -53,7 +58,8 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
             _check_embedding(model, old, path, options)
             return LoRAEmbedding(old, r, alpha, options.rslora)
         shape_of(old, path)
-        return LoRALinear(old, r, alpha, options.dropout, options.rslora, options.dora, options.init == "pissa")
+        base = quantized.QuantizedLinear.from_old(old, *how) if options.quantize else old
+        return LoRALinear(base, r, alpha, options.dropout, options.rslora, options.dora, options.init == "pissa")
 
     done = swap(model, options.at, build, where="tune.at")
     unused = [p for p in (*options.r_pattern, *options.alpha_pattern) if p not in used]
@@ -61,10 +67,11 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
         raise InputError(f"tune.r_pattern, tune.alpha_pattern: '{unused[0]}' matches none of the {len(done)} adapted layers")
     train_only(model, [f"{s.path}.{name}" for s in done for name in ("lora_A", "lora_B", "magnitude")] + head)
     kind = "dora" if options.dora else "rslora" if options.rslora else "pissa" if options.init == "pissa" else "lora"
+    if options.quantize:
+        quantized.quantize_blocks(model, *how)
     tables = sum(s.old.startswith("Embedding") for s in done)
-    return (
-        f"{kind}: {len(done) - tables} of {linear} linear layers{f' and {tables} embeddings' if tables else ''}, r = {options.r}"
-    )
+    layers = f"{len(done) - tables} of {linear} linear layers" + (f" and {tables} embeddings" if tables else "")
+    return f"{kind}: {layers}, r = {options.r}" + (f"; {quantized.said(model)}" if options.quantize else "")
 
 
 def _check_embedding(model: nn.Module, old: nn.Embedding, path: str, options: Options) -> None:
@@ -91,6 +98,8 @@ def merge(model: nn.Module) -> None:
     """Fold every update into its base weight, in place: the model is plain again and computes the same."""
     for path, module in adapted(model).items():
         replaced(model, path, module.merged())
+    for path, layer in quantized.quantized(model).items():
+        replaced(model, path, layer.plain())
 
 
 def peft(model: nn.Module, options: Options) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,7 +114,7 @@ def peft(model: nn.Module, options: Options) -> tuple[dict[str, Any], dict[str, 
         "rank_pattern": {path: double * m.r for path, m in layers.items() if m.r != options.r},
         "alpha_pattern": {path: grown * m.alpha for path, m in layers.items() if m.alpha != options.alpha},
         "use_rslora": options.rslora, "use_dora": options.dora,
-        "fan_in_fan_out": any(getattr(m, "transposed", False) for m in layers.values()),
+        "fan_in_fan_out": any(getattr(m, "transposed", False) or getattr(m.base, "conv1d", False) for m in layers.values()),
     }  # fmt: skip
     return config, tensors
 
