@@ -118,8 +118,13 @@ def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models
     loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
     head = models.head_of(loaded.model, loaded.fresh)
     swapped = swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
+    method = find.module("tune", recipe.tune.method, recipe.where("tune.method"))
+    taken, longest = method.takes(recipe.tune) if hasattr(method, "takes") else 0, models.positions(loaded.model)[0]
+    if longest and recipe.data.max_length + taken > longest:
+        problem = f"{recipe.data.max_length} tokens and the {taken} of the prompt are more than this model's {longest} positions"
+        raise recipe.error("data.max_length", f"{problem}; at most {longest - taken} are left for the text")
     try:
-        line = find.module("tune", recipe.tune.method, recipe.where("tune.method")).apply(loaded.model, recipe.tune, head)
+        line = method.apply(loaded.model, recipe.tune, head)
         freeze.by_pattern(loaded.model, recipe.tune.freeze or [], recipe.tune.train or [])
     except InputError as error:
         raise InputError(f"{recipe.where('tune')}: {error}") from error

@@ -105,7 +105,8 @@ class Tune(Group):
     """What trains, and how fast. Each method adds its own options here."""
 
     method: str = Field(
-        "full", description="full, last_n, bitfit, layernorm, lora, ia3, adapter, prefix (the files in engine/tune/)."
+        "full",
+        description="full, last_n, bitfit, layernorm, lora, ia3, adapter, prefix, prompt, ptuning (the files in engine/tune/).",
     )
     freeze: Patterns | None = Field(None, description="Parameter paths to freeze besides, such as **.embeddings.**.")
     train: Patterns | None = Field(None, description="Parameter paths to train besides; comes after freeze.")

@@ -29,21 +29,26 @@ CASES: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},
     "houlsby": {"method": "adapter", "reduction": 4},
     "prefix": {"method": "prefix", "length": 5},
+    "prompt": {"method": "prompt", "length": 5},
+    "random prompt": {"method": "prompt", "length": 5, "init": "random"},
+    "ptuning": {"method": "ptuning", "length": 5},
+    "lstm ptuning": {"method": "ptuning", "length": 5, "encoder": "lstm", "encoder_size": 16, "encoder_layers": 1},
     "reparametrized prefix": {"method": "prefix", "length": 5, "reparametrize": True, "bottleneck": 16},
     "pfeiffer": {"method": "adapter", "placement": "pfeiffer", "reduction": 4},
 }
 REFUSED = {
     ("bitfit", "Llama"): "needs biases",
     ("bitfit", "ModernBert"): "needs biases",
-    ("prefix", "DebertaV2"): "prefix needs an architecture",
+    ("bitfit", "T5"): "needs biases",
 }
-CHANGES_AT_INIT = {"prefix"}  # a random prefix is no identity, and none is promised
+CHANGES_AT_INIT = {"prefix", "prompt", "ptuning"}  # a random prefix or prompt is no identity, and none is promised
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Bert": SMALL, "Roberta": SMALL, "Electra": SMALL, "DebertaV2": SMALL, "ModernBert": SMALL, "Llama": {**SMALL, "num_key_value_heads": 2},
     "DistilBert": {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
     "GPT2": {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "T5": {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
 }  # fmt: skip
 
 
@@ -61,8 +66,11 @@ def build(architecture: str) -> Any:
 
 def batch() -> dict[str, torch.Tensor]:
     torch.manual_seed(2)
-    mask = (torch.arange(11) < torch.tensor([11, 4, 7, 2])[:, None]).long()
-    return {"input_ids": torch.randint(3, 60, mask.shape) * mask, "attention_mask": mask}
+    lengths = torch.tensor([11, 4, 7, 2])
+    mask = (torch.arange(11) < lengths[:, None]).long()
+    ids = torch.randint(3, 60, mask.shape) * mask
+    ids[torch.arange(4), lengths - 1] = IDS["eos_token_id"]  # T5 classifies by the token that ends the text
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def logits(model: nn.Module, inputs: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
