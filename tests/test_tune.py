@@ -297,7 +297,7 @@ STAYS = True
 
 
 class Options(Tune):
-    at: Patterns = Field(["**.{query,q_proj,q_lin,query_proj,c_attn,Wqkv}"], description="Where.")
+    at: Patterns = Field(["**.{query,q_proj,q_lin,query_proj,q,c_attn,Wqkv}"], description="Where.")
 
 
 class Gain(Around):
