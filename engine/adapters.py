@@ -54,7 +54,10 @@ def save(model: Any, folder: Path, method: Any, options: Any, head: list[str], o
 
     What `tune.train` lets train besides, such as norms, goes in as whole modules, as the head does.
     """
-    made = method.peft(model, options) if hasattr(method, "peft") else None
+    try:
+        made = method.peft(model, options) if hasattr(method, "peft") else None
+    except InputError:  # peft has the method, but cannot run it on this architecture: our own layout then
+        made = None
     beside = {n for n, p in model.named_parameters() if p.requires_grad and n not in own and not _under(n, head)}
     modules = head + sorted({name.rpartition(".")[0] for name in beside})
     whole = {
@@ -105,12 +108,13 @@ def read(folder: Path, where: str) -> Adapter:
             raise InputError(f"{where}: {folder}: peft's {kind} is not among what is read here: {', '.join(sorted(kinds))}")
         tensors = {_plain(name): t for name, t in _tensors(folder, where).items()}
         options = find.module("tune", kinds[kind], where).from_peft(config, tensors)
-        return Adapter(folder, kinds[kind], options, tensors, base, False)
+        return Adapter(folder, options.pop("method"), options, tensors, base, False)
     from engine.tune import _hub_layout
 
     if _hub_layout.recognised(folder):
         try:
             options, tensors, head = _hub_layout.read(folder)
+            options.pop("method", None)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         return Adapter(folder, "adapter", options, {**tensors, **head}, base, True)

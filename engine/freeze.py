@@ -1,11 +1,15 @@
 """What trains: by path, never by looking for letters in a name.
 
 A model is a stack of blocks with something before it (embeddings) and something after it (a last norm, a pooler), and
-a head on top. `layout` finds these four parts in any architecture of transformers by their order and their classes.
+a head on top. `layout` finds these four parts in any architecture of transformers by their order and their classes. An
+encoder-decoder has two stacks, which count as one, the encoder's below the decoder's:
+
+    shared | encoder.block.0 ... encoder.block.L-1 | encoder's norm | decoder.block.0 ... | decoder's norm | head
+    before |                blocks                 |    between     |        blocks       |     after      | head
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,20 +26,32 @@ class Layout:
     blocks: list[str]  # in order, lowest first
     after: list[str]  # last norm, pooler
     head: list[str]
+    between: list[str] = field(default_factory=list)  # the encoder's last norm, where a decoder follows
 
 
 def layout(model: Any, head: list[str]) -> Layout:
-    """Find the stack: the longest ModuleList of blocks of one class, at the least depth."""
+    """Find the stack: the longest ModuleList of blocks of one class, at the least depth; an encoder's and its decoder's."""
     body_name = getattr(model, "base_model_prefix", "")
     body = getattr(model, body_name, model) if body_name else model
     prefix = f"{body_name}." if body is not model else ""
+    children = [name for name, _ in body.named_children()]
+    if {"encoder", "decoder"} <= set(children):
+        below, above = (_stack(getattr(body, name), f"{prefix}{name}.") for name in ("encoder", "decoder"))
+        embeddings = [prefix + name for name in children[: children.index("encoder")]]
+        before = [*embeddings, *below.before, *above.before]
+        return Layout(before, below.blocks + above.blocks, above.after, head, between=below.after)
+    parts = _stack(body, prefix)
+    return Layout(parts.before, parts.blocks, parts.after, head)
+
+
+def _stack(body: nn.Module, prefix: str) -> Layout:
     stacks = [
         (path, module)
         for path, module in body.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(m) for m in module}) == 1
     ]
     if not stacks:
-        return Layout([], [], [], head)
+        return Layout([], [], [], [])
     path, stack = max(stacks, key=lambda s: (len(s[1]), -s[0].count(".")))
     children = [name for name, _ in body.named_children()]
     at = children.index(path.split(".")[0])
@@ -43,7 +59,7 @@ def layout(model: Any, head: list[str]) -> Layout:
         [prefix + name for name in children[:at]],
         [f"{prefix}{path}.{i}" for i in range(len(stack))],
         [prefix + name for name in children[at + 1 :]],
-        head,
+        [],
     )
 
 
@@ -122,11 +138,14 @@ def layer_rates(model: Any, head: list[str], decay: float) -> dict[str, float]:
     """Layer-wise learning-rate decay (Clark et al. 2020, arXiv:2003.10555): parameter name -> factor.
 
     With L blocks the head and what follows the blocks learn at 1, block i (from 0) at decay^(L - i), the embeddings at
-    decay^(L + 1).
+    decay^(L + 1). An encoder's last norm learns as the block below it.
     """
     parts = layout(model, head)
     depth = len(parts.blocks)
     factors = {path: decay ** (depth - i) for i, path in enumerate(parts.blocks)}
+    for norm in parts.between:
+        stack = norm.rpartition(".")[0] + "."
+        factors[norm] = max(rate for path, rate in factors.items() if path.startswith(stack))
     factors |= dict.fromkeys(parts.before, decay ** (depth + 1))
     return {
         name: next((f for path, f in factors.items() if name.startswith(path + ".") or name == path), 1.0)

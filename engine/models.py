@@ -143,7 +143,7 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
         raise InputError(f"{where}: {source.folder} ({config.get('model_type')}) cannot be loaded: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{where}: {source.folder} has no tokenizer.json (a fast tokenizer is needed)")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest, _ = positions(model)
     if longest and max_length > longest:
         raise InputError(f"{where}: data.max_length={max_length} is more than this model's {longest} positions")
     if tokenizer.pad_token_id is None:
@@ -190,15 +190,38 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def positions(model: Any) -> tuple[int | None, int]:
+    """(how many tokens the model has positions for, or None where they are relative alone; the number of the first one).
+
+    RoBERTa and its kin keep the positions up to their padding index for padding, so 514 of them hold 512 tokens.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    tables = [m for path, m in model.named_modules() if path.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    first = next((m.padding_idx + 1 for m in tables if m.padding_idx is not None), 0)
+    return longest and longest - first, first
+
+
 def head_of(model: Any, fresh: list[str]) -> list[str]:
-    """The modules that make the task's output, as paths: what stands outside the pretrained body, and what is fresh."""
-    body = getattr(model, "base_model_prefix", "")
-    paths = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+    """The modules that make the task's output, as paths: what stands outside the pretrained body, and what is fresh.
+
+    The body is one module (`bert`), or, in T5's language model, the shared embeddings and the two stacks.
+    """
+    from transformers import PreTrainedModel
+
+    prefix = getattr(model, "base_model_prefix", "")
+    body = (
+        [getattr(model, prefix)] if hasattr(model, prefix) else [model.get_input_embeddings(), *_children(model, PreTrainedModel)]
+    )
+    paths = [name for name, child in model.named_children() if child not in body and any(True for _ in child.parameters())]
     for key in fresh:
         path = key.rpartition(".")[0]
         if not any(path == p or path.startswith(p + ".") for p in paths):
             paths.append(path)
     return paths
+
+
+def _children(model: nn.Module, kind: type) -> list[nn.Module]:
+    return [child for child in model.children() if isinstance(child, kind)]
 
 
 def device_of(name: str, where: str) -> torch.device:

@@ -142,6 +142,10 @@ def _tune(
 ) -> tuple[Any, list[str], str]:
     """The method, applied: (method, the parameters that it added, coverage line)."""
     method = find.method(recipe.tune.method, recipe.where("tune.method"), (recipe.path.parent,))
+    taken, longest = method.takes(recipe.tune) if hasattr(method, "takes") else 0, models.positions(loaded.model)[0]
+    if longest and recipe.data.max_length + taken > longest:
+        problem = f"{recipe.data.max_length} tokens and the {taken} of the prompt are more than this model's {longest} positions"
+        raise recipe.error("data.max_length", f"{problem}; at most {longest - taken} are left for the text")
     try:
         line, own = adapters.put_in(loaded.model, method, recipe.tune, head)
         if start:

@@ -54,6 +54,10 @@ CASES: dict[str, dict[str, Any]] = {
     "compacter": {"method": "compacter", "reduction": 4, "n": 4, "rank": 2},
     "prefix": {"method": "prefix", "length": 5},
     "prefix, reparametrised": {"method": "prefix", "length": 5, "reparametrize": True, "bottleneck": 16},
+    "prompt": {"method": "prompt", "length": 5},
+    "prompt, random": {"method": "prompt", "length": 5, "init": "random"},
+    "p-tuning": {"method": "ptuning", "length": 5},
+    "p-tuning, lstm": {"method": "ptuning", "length": 5, "encoder": "lstm", "encoder_size": 16, "encoder_layers": 1},
 }
 REFUSED = {
     ("bitfit", "Llama"): "needs biases",
@@ -61,16 +65,17 @@ REFUSED = {
     **{
         ("after norm", name): "tune.after: norm: .* matches no module" for name in ("ModernBert", "Llama", "GPT2", "T5")
     },  # pre-norm
-    ("prefix", "DebertaV2"): "prefix needs an architecture",
-    ("prefix, reparametrised", "DebertaV2"): "prefix needs an architecture",
+    ("bitfit", "T5"): "needs biases",
+    ("lora on embeddings", "T5"): "is tied to",
 }
-CHANGES_AT_INIT = {"prefix"}  # a random prefix is no identity, and none is promised
+CHANGES_AT_INIT = {"prefix", "prompt", "ptuning"}  # a random prefix or prompt is no identity, and none is promised
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Bert": SMALL, "Roberta": SMALL, "Electra": SMALL, "DebertaV2": SMALL, "ModernBert": SMALL, "Llama": {**SMALL, "num_key_value_heads": 2},
     "DistilBert": {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
     "GPT2": {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "T5": {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
 }  # fmt: skip
 # transformers 5.23's own attention of DeBERTa-v2 fails under CPU autocast (it fills with float32's least number), with and without us
 NOT_COMPUTED = {("bfloat16", "DebertaV2")}
@@ -93,8 +98,11 @@ def build(architecture: str) -> Any:
 def batch() -> dict[str, Tensor]:
     """Four rows of 11, 4, 7 and 2 tokens."""
     torch.manual_seed(2)
-    mask = (torch.arange(11) < torch.tensor([11, 4, 7, 2])[:, None]).long()
-    return {"input_ids": torch.randint(3, 60, mask.shape) * mask, "attention_mask": mask}
+    lengths = torch.tensor([11, 4, 7, 2])
+    mask = (torch.arange(11) < lengths[:, None]).long()
+    ids = torch.randint(3, 60, mask.shape) * mask
+    ids[torch.arange(4), lengths - 1] = IDS["eos_token_id"]  # T5 classifies by the token that ends the text
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:

@@ -21,11 +21,6 @@ from engine.errors import InputError
 from engine.train import Progress, Settings, train
 
 
-def frozen_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the quantised layers compute with, by the plain name."""
-    return {plain_name(f"{path}.weight"): layer.weight for path, layer in quantized(model).items()}
-
-
 def test_every_method_has_a_case() -> None:
     elsewhere = {"fusion"}  # it needs trained adapters: tests/test_adapters.py writes them and calls these laws
     assert {c["method"] for c in CASES.values()} == set(find.names("tune")) - elsewhere
@@ -228,7 +223,7 @@ STAYS = True
 
 
 class Options(Tune):
-    at: Patterns = Field(["**.{query,q_proj,q_lin,query_proj,c_attn,Wqkv}"], description="Where.")
+    at: Patterns = Field(["**.{query,q_proj,q_lin,query_proj,q,c_attn,Wqkv}"], description="Where.")
 
 
 class Gain(Around):

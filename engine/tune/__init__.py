@@ -5,6 +5,7 @@ returns the line that says so. It may offer
 
     merge(model)              fold what was learnt into plain weights, in place
     rates(model, options)     parameter name -> factor of the learning rate
+    takes(options)            positions that it takes from the text
     STAYS = True              its layers stay in the saved model
     rebuild(model, options, head)   make its layers again when a run is opened, where `apply` reads files besides:
                               from what it noted in model.config
