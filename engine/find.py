@@ -32,13 +32,12 @@ def module(kind: str, name: str, where: str) -> ModuleType:
 
 def locate(path: str, folders: tuple[Path, ...] = ()) -> Path | None:
     """The first existing place of a relative `path`: here, in the project, in one of `folders`."""
-    candidate = Path(path).expanduser()
-    if candidate.is_absolute():
-        return candidate if candidate.exists() else None
-    for folder in (Path.cwd(), PROJECT, *folders):
-        if (folder / candidate).exists():
-            return folder / candidate
-    return None
+    try:
+        candidate = Path(path).expanduser()
+        places = [candidate] if candidate.is_absolute() else [folder / candidate for folder in (Path.cwd(), PROJECT, *folders)]
+        return next((place for place in places if place.exists()), None)
+    except (OSError, RuntimeError):  # a name too long, a folder that may not be entered, a user who does not exist
+        return None
 
 
 def load_class(spec: str, where: str, folders: tuple[Path, ...] = ()) -> type:
