@@ -53,8 +53,8 @@ def load_class(spec: str, where: str, folders: tuple[Path, ...] = ()) -> type:
     else:
         try:
             loaded = importlib.import_module(source)
-        except ImportError as error:
-            raise InputError(f"{where}: cannot import {source}: {error}") from error
+        except Exception as error:  # a name that is none, or whatever the module's own code raises
+            raise InputError(f"{where}: cannot import {source}: {type(error).__name__}: {error}") from error
     if not hasattr(loaded, name):
         classes = [k for k, v in vars(loaded).items() if isinstance(v, type)]
         raise InputError(f"{where}: {source} has no class '{name}'{nearest(name, classes)}")

@@ -24,7 +24,6 @@ from engine.fast import packing
 from engine.recipe import Recipe
 
 
-
 def tell(line: str) -> None:
     """A line for people, at once. What files hold (labels, names) is made harmless to a terminal."""
     print(plain(line), flush=True)
@@ -68,9 +67,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Call
     loaded, head, swapped, coverage = _model(recipe, task, folders)
     loaded.model.to(device)
     encoded = {
-        name: encode.encode(
-            task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted
-        )
+        name: encode.encode(task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
         for name, split in splits.items()
     }
     models.check_ids(loaded, {name: tokens.ragged["input_ids"][0] for name, tokens in encoded.items()})
@@ -116,7 +113,9 @@ def _cache(recipe: Recipe) -> Path:
     if not named.strip() or "\0" in named or path == here:
         raise recipe.error("data.cache", f"{quoted(named)} names no folder of its own")
     if not path.is_relative_to(here) and recipe.where("data.cache") != "command line":
-        problem = f"{quoted(named)} lies outside the working folder; if you mean it, give it on the command line: data.cache=FOLDER"
+        problem = (
+            f"{quoted(named)} lies outside the working folder; if you mean it, give it on the command line: data.cache=FOLDER"
+        )
         raise recipe.error("data.cache", problem)
     return Path(named)
 

@@ -20,7 +20,6 @@ from engine import find, yaml12
 from engine.errors import InputError, listing, nearest, quoted
 from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Group, Model, Schema, SwapRule, Train, Tune
 
-
 NAME = re.compile(r"[^\W_][\w.+ -]*")
 
 

@@ -155,7 +155,9 @@ def _fits(config: dict[str, Any], headers: dict[str, dict[str, Any]], place: str
         if counts:
             if value > max(200, len(shapes)):
                 raise InputError(f"{place}: {key} {value:,} is more than the {len(shapes):,} tensors of the weights")
-        elif ("size" in key or key in ("dim", "d_model", "d_ff", "n_embd", "n_inner", "hidden_dim")) and value > max(20_000, longest):
+        elif ("size" in key or key in ("dim", "d_model", "d_ff", "n_embd", "n_inner", "hidden_dim")) and value > max(
+            20_000, longest
+        ):
             raise InputError(f"{place}: {key} {value:,} is more than any tensor of the weights has ({longest:,})")
 
 
@@ -171,7 +173,9 @@ def header(path: Path, where: str) -> dict[str, dict[str, Any]]:
             if length > size and head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
                 raise InputError(f"{place} is a pickle under another name, which can run code when opened and is refused")
             if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise InputError(f"{place} cannot be loaded: this is no safetensors file (a header of {length:,} bytes in {size:,})")
+                raise InputError(
+                    f"{place} cannot be loaded: this is no safetensors file (a header of {length:,} bytes in {size:,})"
+                )
             raw = file.read(length)
     except OSError as error:
         raise InputError(f"{place} cannot be read: {error.strerror}") from error
@@ -180,14 +184,18 @@ def header(path: Path, where: str) -> dict[str, dict[str, Any]]:
         found.pop("__metadata__", None)
         spans = sorted(_span(tensor) for tensor in found.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{place} cannot be loaded: its header is damaged ({type(error).__name__}: {quoted(str(error))})") from error
+        raise InputError(
+            f"{place} cannot be loaded: its header is damaged ({type(error).__name__}: {quoted(str(error))})"
+        ) from error
     end = 0
     for begin, stop in spans:
         if begin != end:
             raise InputError(f"{place} cannot be loaded: its tensors overlap or leave a hole at byte {end:,}")
         end = stop
     if end != size - 8 - length:
-        raise InputError(f"{place} cannot be loaded: its tensors need {end:,} bytes and it holds {size - 8 - length:,}; it was cut off")
+        raise InputError(
+            f"{place} cannot be loaded: its tensors need {end:,} bytes and it holds {size - 8 - length:,}; it was cut off"
+        )
     return dict(found)
 
 

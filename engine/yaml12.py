@@ -52,8 +52,8 @@ def parse(text: str, name: str) -> tuple[Any, Lines]:
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if isinstance(event, yaml.AliasEvent):
                     raise InputError(f"{name}:{_line(event)}: aliases (*name) are not allowed here")
-                if getattr(event, "tag", None) is not None:
-                    raise InputError(f"{name}:{_line(event)}: the tag {quoted(event.tag)} is not allowed in a recipe")
+                if (tag := getattr(event, "tag", None)) is not None:
+                    raise InputError(f"{name}:{_line(event)}: the tag {quoted(tag)} is not allowed in a recipe")
                 if depth > DEEPEST:
                     raise InputError(f"{name}:{_line(event)}: nested too deep to be a recipe")
             node = loader.get_single_node()
@@ -111,7 +111,10 @@ def _build(node: yaml.Node, path: tuple[str, ...], lines: Lines, name: str) -> A
         return None
     if kind == "bool":
         return text.lower() == "true"
-    return _NUMBER[kind](text) if kind in _NUMBER else text
+    value = _NUMBER[kind](text) if kind in _NUMBER else text
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{name}:{line}: {value} has more than 64 bits")
+    return value
 
 
 class _Dumper(yaml.SafeDumper):

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -108,7 +109,9 @@ def written(made: list[dict[str, Any]], kind: str, draw: random.Random) -> bytes
         text = "".join(r["text"] + end for r in made)
     elif kind == "csv":
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator=end, quoting=draw.choice((csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC)))
+        writer = csv.writer(
+            out, lineterminator=end, quoting=draw.choice((csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC))
+        )
         writer.writerows([["text", "label"], *([r["text"], r["label"]] for r in made)])
         text = out.getvalue()
     else:
@@ -149,8 +152,12 @@ FAULTS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "utf-16": lambda raw, draw: raw.decode("latin-1").encode(draw.choice(("utf-16", "utf-16-le", "utf-16-be", "utf-32"))),
     "latin-1": lambda raw, draw: raw + "ÄÖÜ".encode("latin-1"),
     "gzip": lambda raw, draw: gzip.compress(raw),
-    "header": lambda raw, draw: draw.choice((b"text,text\n", b"text\n", b"label,text,\n", b",\n", b"\n", b"text;label\n", b"sep=,\n")) + raw,
-    "ragged": lambda raw, draw: raw + draw.choice((b"x\n", b"a,b,c,d\n", b"a\tb\tc\n", b",,,,\n", b'"\n', b'x,"y\n', b'"a"b,c\n')),
+    "header": lambda raw, draw: (
+        draw.choice((b"text,text\n", b"text\n", b"label,text,\n", b",\n", b"\n", b"text;label\n", b"sep=,\n")) + raw
+    ),
+    "ragged": lambda raw, draw: (
+        raw + draw.choice((b"x\n", b"a,b,c,d\n", b"a\tb\tc\n", b",,,,\n", b'"\n', b'x,"y\n', b'"a"b,c\n'))
+    ),
     "two in one": lambda raw, draw: raw + raw,
     "twice a key": lambda raw, draw: raw.replace(b'"label"', b'"text"', 1),
     "trailing comma": lambda raw, draw: raw.replace(b"}", b",}", 1).replace(b"]", b",]", 1),
@@ -213,7 +220,7 @@ def one_file(number: int, folder: Path) -> str:
                 assert "has no rows" in found
             else:
                 table = read.read([path.name], "k")
-                assert [{k: v for k, v in row.items()} for row in table.rows] == made
+                assert table.rows == made
                 if not isinstance(found, str):
                     assert found.read == len(made)
         return "error" if isinstance(found, str) else "rows"
@@ -232,3 +239,310 @@ def fuzz(first: int, last: int, folder: Path) -> None:
 @pytest.mark.parametrize("part", range(10))
 def test_ten_thousand_fuzzed_files_give_rows_or_one_error(tmp_path: Path, part: int) -> None:
     fuzz(1000 * part, 1000 * part + 1000, tmp_path)
+
+
+# -- what is no file, or no longer one --------------------------------------------------------------------------------
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+PLACES: dict[str, Callable[[Path], None]] = {
+    "pipe": pipe, "folder": Path.mkdir, "nothing": lambda path: None, "endless": lambda path: path.symlink_to("/dev/zero"), "null": lambda path: path.symlink_to("/dev/null"),
+    "memory": lambda path: path.symlink_to("/proc/self/mem"), "link to itself": lambda path: path.symlink_to(path.name), "link to nothing": lambda path: path.symlink_to("gone"), "empty": Path.touch,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, place: str, kind: str) -> None:
+    path = tmp_path / f"odd.{kind}"
+    PLACES[place](path)
+    found = outcome(path, "drop")
+    assert isinstance(found, str)
+    lawful(found, path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 300 + ".jsonl",
+        "~nobody_at_all/x.jsonl",
+        "a\0b.jsonl",
+        "\x1b[2J.jsonl",
+        "\udcff.jsonl",
+        "../" * 900 + "x.jsonl",
+        "",
+        ".",
+        "/",
+    ],
+)
+def test_odd_names_are_answered(name: str) -> None:
+    with pytest.raises(InputError) as error, limited():
+        read.read([name], "data.train")
+    assert not ANSWERS.search(str(error.value))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        PermissionError(13, "Permission denied"),
+        FileNotFoundError(2, "No such file or directory"),
+        OSError(5, "Input/output error"),
+        IsADirectoryError(21, "Is a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_or_went_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: OSError) -> None:
+    for kind in FORMATS:
+        (tmp_path / f"f.{kind}").write_bytes(b"x")
+
+        def fail(self: Path) -> bytes:
+            raise fault
+
+        monkeypatch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(InputError, match=f"data.train: f.{kind} cannot be read: {fault.strerror}"):
+            read.read([f"f.{kind}"], "data.train")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_field_of_ten_megabytes_is_read_whole(tmp_path: Path, kind: str) -> None:
+    text = "good film " * 1_000_000
+    made = [{"text": text, "label": "a"}, {"text": "short", "label": "b"}]
+    if kind == "txt":
+        made = [{"text": r["text"]} for r in made]
+    (tmp_path / f"f.{kind}").write_bytes(written(made, kind, random.Random(1)))
+    with limited():
+        table = read.read([f"f.{kind}"], "k")
+    assert [r["text"] == m["text"] for r, m in zip(table.rows, made, strict=True)] == [True, True]
+
+
+# -- rows that would be gone without a word ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("f.json", b'[{"a": 1}]\n[{"a": 2}]', "f.json:2: something stands after the list's end"), ("f.json", b'[{"a": 1},]', "f.json:1: a comma stands before the ]"), ("f.jsonl", b'{"a": 1, "a": 2}', "f.jsonl:1: the key 'a' stands twice"),
+        ("f.json", b'[{"a": {"b": 1, "b": 2}}]', "f.json:1: the key 'b' stands twice"), ("f.jsonl", b'{"a": "\\ud800"}', "half of a surrogate pair (\\ud800)"), ("f.jsonl", b'{"a": Infinity}', "Infinity is no JSON"),
+        ("f.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "a number of 5,000 digits"), ("f.jsonl", b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", "nested too deep"), ("f.jsonl", b'{"a":' + b"[" * 90_000, "nested too deep"), ("f.jsonl", gzip.compress(b"x"), "it is gzip"),
+    ],
+)  # fmt: skip
+def test_what_a_parser_lets_pass_is_an_error_with_its_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read.read([name], "k")
+    assert said in str(error.value)
+    assert str(error.value).startswith(f"{name}:1:" if name == "f.jsonl" else name)
+
+
+def test_every_end_of_line_ends_a_row_and_nothing_else_does(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "f.txt").write_bytes(end.join(["a\u2028b\x0bc\x85", "d", "", "e"]).encode())
+        assert read.read(["f.txt"], "k").rows == [{"text": "a\u2028b\x0bc\x85"}, {"text": "d"}, {"text": "e"}]
+        assert read.read(["f.txt"], "k").places == ["f.txt:1", "f.txt:2", "f.txt:4"]
+        (tmp_path / "f.jsonl").write_bytes(end.join(['{"a": "\u2028\x85"}', '{"a": 2}']).encode())
+        assert read.read(["f.jsonl"], "k").rows == [{"a": "\u2028\x85"}, {"a": 2}]
+
+
+def test_a_quoted_empty_field_is_a_row_and_a_blank_line_is_none(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text('text\nx\n""\n\ny\n')
+    assert [r["text"] for r in read.read(["f.csv"], "k").rows] == ["x", "", "y"]
+
+
+def test_a_column_that_stands_twice_is_an_error_wherever_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("1,2\n")
+    with pytest.raises(InputError, match="data.names: the column 'a' stands there twice"):
+        read.read(["f.csv"], "k", names=["a", "a"])
+    pyarrow.parquet.write_table(pyarrow.table([[1], [2]], names=["a", "a"]), "f.parquet")
+    with pytest.raises(InputError, match=r"f.parquet: .*Multiple matches .*Name\(a\)"):
+        read.read(["f.parquet"], "k")
+
+
+def test_lines_that_are_no_rows_are_listed_or_counted(tmp_path: Path) -> None:
+    lines = ['{"text": "x", "label": "a"}', "{", "[1]", '{"text": "y", "label": "b"}', "null", '{"a": 1, "a": 2}']
+    (tmp_path / "f.jsonl").write_text("\n".join(lines * 30))
+    with pytest.raises(InputError) as error:
+        read.read(["f.jsonl"], "k")
+    said = str(error.value).splitlines()
+    assert said[0].startswith("f.jsonl:2:2: this line is not JSON")
+    assert said[20:] == ["... and 100 more", "lines that are no rows: 120; mend them, or drop them with data.bad_rows=drop"]
+    table = read.read(["f.jsonl"], "k", bad_rows="drop")
+    assert (len(table), dict(table.dropped)) == (60, {"not JSON": 30, "no row": 90})
+    split = rows.clean(table, Task({}, ["a", "b"]), "drop")
+    assert (split.read, len(split)) == (180, 60)
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_odd_labels_are_learnt_in_an_order_that_no_hash_decides() -> None:
+    for labels in (
+        ["1", "01", "001"],
+        ["²", "1"],
+        ["--5", "1"],
+        ["-", "1"],
+        ["9" * 5000, "1"],
+        ["٣", "3"],
+        ["x" * 3000, "y"],
+        ["\u0130", "i"],
+        ["1e3", "1000"],
+    ):
+        orders = set()
+        for seed in range(10):
+            task = Task({})
+            task.fit([{"text": "x", "label": v} for v in random.Random(seed).sample(labels, len(labels))], "f")
+            orders.add(tuple(task.labels))
+        assert len(orders) == 1, labels
+        if all(re.fullmatch("-?[0-9]{1,18}", v) for v in labels):
+            assert list(orders.pop()) == sorted(labels, key=lambda v: (int(v), v))
+
+
+def test_a_label_is_one_however_its_accents_are_composed() -> None:
+    task = Task({})
+    task.fit([{"text": "x", "label": v} for v in ("caf\u00e9", "cafe\u0301", "tea")], "f")
+    assert task.labels == ["caf\u00e9", "tea"]
+    assert Task({}, ["cafe\u0301", "tea"]).problem({"text": "x", "label": "caf\u00e9"}) is None
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, [], b"a"])
+def test_a_list_or_a_mapping_is_no_label(value: Any) -> None:
+    problem = Task({}, ["a", "b"]).problem({"text": "x", "label": value})
+    assert problem is not None
+    assert problem[0] == "label is no name"
+
+
+def test_many_unknown_labels_are_told_in_no_time() -> None:
+    task = Task({}, [f"a label of some length {i}" for i in range(5000)])
+    table = read.Table(
+        [{"text": "x", "label": f"a lable of some length {i}"} for i in range(5000)], [f"f:{i}" for i in range(5000)], {}
+    )
+    with pytest.raises(InputError) as error, limited(3):
+        rows.clean(table, task, "error")
+    assert "did you mean" in str(error.value)
+    assert len(str(error.value)) < 20_000
+
+
+def test_half_a_character_from_the_command_line_is_no_text() -> None:
+    assert Task({}).problem({"text": "good \udcff"}, target=False) == (
+        "text is no text",
+        "column 'text' holds half of a surrogate pair, which is no character",
+    )
+
+
+def test_labels_come_from_rows_that_are_used(recipe: MakeRecipe) -> None:
+    """A class whose rows are all dropped is no class: nothing would ever train it."""
+    made = make_rows(90, 1)
+    write_jsonl(Path("train.jsonl"), [*made, {"text": "", "label": "ghost"}])
+    ready = prepare.prepare(recipe("data.bad_rows=drop"), say=lambda line: None)
+    assert ready.task.labels == ["negative", "positive"]
+    write_jsonl(Path("train.jsonl"), [{"text": r["text"] if r["label"] == "positive" else "", "label": r["label"]} for r in made])
+    with pytest.raises(InputError, match="holds only 'positive'"):
+        prepare.prepare(recipe("data.bad_rows=drop"), say=lambda line: None)
+
+
+# -- what people see --------------------------------------------------------------------------------------------------
+
+EVIL = {
+    "positive": "<script>alert('p')</script>$x_$\x1b[31m",
+    "negative": "</pre><img src=x onerror=alert(1)>$\\frac$\u202e" + "n" * 300,
+}
+
+
+def test_the_ledger_balances_in_log_and_report_and_markup_stays_text(
+    recipe: MakeRecipe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One run on data with every kind of bad row, labels and texts that are HTML, mathtext and terminal commands."""
+    from engine.__main__ import main
+
+    noise = [
+        "{",
+        "[1]",
+        '{"text": "", "label": "x"}',
+        '{"text": "x"}',
+        '{"text": null, "label": "x"}',
+        '{"text": 3, "label": "x"}',
+        '{"text": "\\udc00", "label": "x"}',
+        '{"text": "x", "label": ["y"]}',
+    ]
+    counts = {}
+    for name, count, seed in (("train", 90, 1), ("validation", 30, 2), ("test", 30, 3)):
+        made = [
+            {"text": r["text"] + " <b onclick=evil()>\x1b[2J", "label": EVIL[r["label"]]} for r in make_rows(count, seed, 0.5)
+        ]
+        lines = [json.dumps(r) for r in made]
+        for one in noise:
+            lines.insert(random.Random(f"{name}{one}").randint(0, len(lines)), one)
+        Path(f"{name}.jsonl").write_text("\n".join(lines))
+        counts[name] = (count + len(noise), count)
+    code = main(["finetune", str(recipe().path), "data.bad_rows=drop", "train.epochs=1", "--out", "run"])
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    assert "\x1b[31m" not in said.out + said.err
+    assert "\u202e" not in said.out + said.err
+    splits = next(r for line in Path("run/log.jsonl").read_text().splitlines() if (r := json.loads(line))["event"] == "data")[
+        "splits"
+    ]
+    page = Path("run/report.html").read_text()
+    for name, (read_, used) in counts.items():
+        fact = splits[name]
+        assert (fact["rows_read"], fact["rows_used"]) == (read_, used)
+        assert sum(fact["dropped"].values()) == read_ - used
+        assert set(fact["dropped"]) == {
+            "not JSON",
+            "no row",
+            "empty text",
+            "missing label",
+            "missing text",
+            "text is no text",
+            "label is no name",
+        }
+        assert f"{name}: {read_} rows read = {used} used + {read_ - used} dropped (" in said.out
+    for reason, n in splits["train"]["dropped"].items():
+        assert f"{n} {reason}" in page
+    for raw in ("<script>", "<img src=x", "<b onclick", "</pre><img"):
+        assert raw not in page
+    assert "&lt;script&gt;alert(" in page
+    assert main(["evaluate", "run"]) == 0
+    assert "38 read; dropped: " in (said := capfd.readouterr()).out
+    assert not re.search("\x1b|\u202e", said.out + said.err)
+    assert main(["check", str(recipe().path), "data.bad_rows=drop"]) == 0
+    assert not re.search("\x1b|\u202e", capfd.readouterr().out)
+
+
+def test_a_limit_on_rows_is_in_the_ledger(recipe: MakeRecipe) -> None:
+    fact = prepare.prepare(recipe("data.train_limit=40"), say=lambda line: None).facts["train"]
+    assert (fact["rows_read"], fact["rows_used"], fact["dropped"]) == (90, 40, {"beyond data.train_limit": 50})
+
+
+def test_a_message_is_made_of_printable_characters_and_short_lines() -> None:
+    said = str(InputError("a\x1b[2J\x9b\x07\u202e\u2028\ud800\tb\n" + "x" * 5000))
+    assert said.startswith("a\\x1b[2J\\x9b\\x07\\u202e\\u2028\\ud800\tb\n")
+    assert len(said) < 1100
+    for text in TEXTS:
+        assert not ANSWERS.search(plain(text))
+        plain(text).encode()
+
+
+# -- tokens on disk ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_token_file_is_made_anew(recipe: MakeRecipe, seed: int) -> None:
+    quiet = {"say": lambda line: None}
+    whole = prepare.prepare(recipe(), **quiet).encoded["train"]
+    assert whole.path is not None
+    raw = whole.path.read_bytes()
+    draw = random.Random(seed)
+    spoiled = [raw[: draw.randrange(len(raw))], b"", b"x", raw + raw][seed] if seed < 4 else raw
+    if seed >= 4:
+        at = raw.index(np.asarray(whole.ragged["input_ids"][0]).tobytes()) + draw.randrange(len(whole.ragged["input_ids"][0]) * 4)
+        spoiled = raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1 :]
+    tokens = whole.ragged["input_ids"][0].tolist()
+    del whole
+    path = next(p for p in Path("runs/.cache").glob("*.arrow") if p.read_bytes() == raw)
+    path.unlink()
+    path.write_bytes(spoiled)
+    again = prepare.prepare(recipe(), **quiet).encoded["train"]
+    assert again.ragged["input_ids"][0].tolist() == tokens
+    assert again.reused == (spoiled == raw or seed == 3)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, MakeRecipe, make_rows, write_jsonl
+from conftest import BASE, MakeRecipe
 from test_fuzz import Hang, limited
 
 from engine import find, yaml12
@@ -31,7 +31,16 @@ from engine.__main__ import main
 from engine.errors import InputError
 
 HEARD: list[str] = []
-LISTENED = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "marshal.loads")
+LISTENED = (
+    "pickle.find_class",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "socket.connect",
+    "marshal.loads",
+)
 _listening = False
 
 
@@ -66,7 +75,12 @@ def payloads(canary: str) -> dict[str, bytes]:
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("../" + canary, "escaped")
         file.writestr("data.pkl", made["protocol 2"])
-    return made | {"torch": saved.getvalue(), "torch legacy": legacy.getvalue(), "npy": array.getvalue(), "zip": archive.getvalue()}
+    return made | {
+        "torch": saved.getvalue(),
+        "torch legacy": legacy.getvalue(),
+        "npy": array.getvalue(),
+        "zip": archive.getvalue(),
+    }
 
 
 def test_the_payloads_would_bite(tmp_path: Path) -> None:
@@ -196,7 +210,17 @@ def bound(path: Path) -> None:
 
 
 NEEDED = ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
-UNUSED = ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.pkl", "vocab.pickle", "weights.npy", "flax_model.msgpack"]
+UNUSED = [
+    "pytorch_model.bin",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "model.pkl",
+    "vocab.pickle",
+    "weights.npy",
+    "flax_model.msgpack",
+]
 
 
 def folders() -> Iterator[tuple[str, Spoil, bool]]:
@@ -207,10 +231,25 @@ def folders() -> Iterator[tuple[str, Spoil, bool]]:
             yield f"pickle {kind} as {name}", put(name, content), True
     for kind, content in bites.items():
         for name in ("pytorch_model.bin", "model.pt"):
-            yield f"pickle {kind} as {name} alone", lambda f, n=name, c=content: ((f / "model.safetensors").unlink(), (f / n).write_bytes(c)), True  # type: ignore[misc]
+            yield (
+                f"pickle {kind} as {name} alone",
+                lambda f, n=name, c=content: ((f / "model.safetensors").unlink(), (f / n).write_bytes(c)),
+                True,
+            )  # type: ignore[misc]
         yield f"pickle {kind} as a shard", sharded({"embeddings.word_embeddings.weight": "evil.bin"}, evil_bin=content), True
-        yield f"pickle {kind} as other weights", lambda f, c=content: (config(CONFIG["other weights"])(f), (f / "pytorch_model.bin").write_bytes(c)), True  # type: ignore[misc]
-        yield f"pickle {kind} as an adapter", lambda f, c=content: ((f / "adapter_config.json").write_text('{"base_model_name_or_path": ".", "peft_type": "LORA"}'), (f / "adapter_model.bin").write_bytes(c)), True  # type: ignore[misc]
+        yield (
+            f"pickle {kind} as other weights",
+            lambda f, c=content: (config(CONFIG["other weights"])(f), (f / "pytorch_model.bin").write_bytes(c)),
+            True,
+        )  # type: ignore[misc]
+        yield (
+            f"pickle {kind} as an adapter",
+            lambda f, c=content: (
+                (f / "adapter_config.json").write_text('{"base_model_name_or_path": ".", "peft_type": "LORA"}'),
+                (f / "adapter_model.bin").write_bytes(c),
+            ),
+            True,
+        )  # type: ignore[misc]
     for name in UNUSED:
         yield f"pickle beside, as {name}", put(name, bites["protocol 4"]), False
     for kind, content in WEIGHTS.items():
@@ -221,7 +260,17 @@ def folders() -> Iterator[tuple[str, Spoil, bool]]:
         yield f"tokenizer {kind}", put("tokenizer.json", content), True
     for kind, value in TOKENIZER_CONFIG.items():
         yield f"tokenizer_config {kind}", put("tokenizer_config.json", json.dumps(value).encode()), True
-    for target in ("../outside.safetensors", "/etc/passwd", "gone.safetensors", 3, None, ["model-00001-of-00001.safetensors"], "", ".", "model-00001-of-00001.safetensors/../../x"):
+    for target in (
+        "../outside.safetensors",
+        "/etc/passwd",
+        "gone.safetensors",
+        3,
+        None,
+        ["model-00001-of-00001.safetensors"],
+        "",
+        ".",
+        "model-00001-of-00001.safetensors/../../x",
+    ):
         yield f"index to {target}", sharded({"embeddings.word_embeddings.weight": target}), True
     yield "index that is a list", sharded([1]), True
     yield "index of unknown tensors", sharded({"evil": "model-00001-of-00001.safetensors"}), True
@@ -306,3 +355,163 @@ def test_hostile_model_folders_are_refused(
         for left in tmp_path.rglob("*canary*"):
             left.unlink()
     assert not faults, "\n".join([f"{len(faults)} of {len(FOLDERS[part::8])}", *faults])
+
+
+def test_the_same_from_a_shell(recipe: MakeRecipe, bert: Path, tmp_path: Path) -> None:
+    """Two of them through a real process, where nothing of this one's imports or handlers is left."""
+    path = str(recipe(model=Path("model")).path)
+    environment = {**os.environ, "PYTHONPATH": str(find.PROJECT), "HF_HUB_OFFLINE": "1"}
+    chosen = {name: spoil for name, spoil, _ in FOLDERS}
+    for name in ("pickle torch as a shard", "endless model.safetensors"):
+        shutil.copytree(bert, "model")
+        chosen[name](tmp_path / "model")
+        done = subprocess.run(
+            [sys.executable, "-m", "engine", "finetune", path], capture_output=True, text=True, env=environment, timeout=60
+        )
+        refused(done.returncode, done.stderr[done.stderr.index("error: ") :])
+        assert not list(tmp_path.rglob("canary"))
+        assert not list(Path("runs").glob("tiny*"))
+        shutil.rmtree("model")
+
+
+def test_a_run_folder_of_a_stranger_is_looked_at_too(
+    recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """predict and evaluate open RUN/model: the same rules hold there."""
+    assert main(["finetune", str(recipe().path), "train.epochs=1", "--out", "good"]) == 0
+    chosen = {name: spoil for name, spoil, _ in FOLDERS}
+    for name in ("pickle torch as model.safetensors", "pickle torch as a shard", "config auto_map", "config attention kernel", "tokenizer torn", "pipe as config.json",
+                 "pickle protocol 4 as an adapter", "weights overlap", "tokenizer_config auto_map"):  # fmt: skip
+        shutil.copytree("good", "model")
+        chosen[name](tmp_path / "model" / "model")
+        capfd.readouterr()
+        refused(*answers(capfd, "predict", "model", "--text", "good"))
+        assert HEARD == [], name
+        assert not list(tmp_path.rglob("canary")), name
+        shutil.rmtree("model")
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+GOOD = BASE.format(model="model")
+TAGS = [
+    "!!python/object/apply:os.system ['touch canary']", "!!python/object/new:os.system ['touch canary']", "!!python/object:os.system {}", "!!python/name:os.system ''", "!!python/module:os ''",
+    "!!python/object/apply:subprocess.Popen [['touch', 'canary']]", "!!python/object/apply:builtins.eval ['open(\"canary\", \"w\")']", "!!python/tuple [1]", "!!python/bytes aGk=", "!!python/long 3", "!!python/complex 1j",
+    "!!python/none x", "!!python/bool True", "!!python/str x", "!!python/int 3", "!!python/dict {a: 1}", "!!python/list [1]", "!!binary aGk=", "!!timestamp 2026-11-24", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]",
+    "!!int 3", "!!int x", "!!float x", "!!bool x", "!!null x", "!!str x", "!!map {}", "!!seq []", "!!merge x", "!!value x", "!x y", "!include /etc/passwd", "!<tag:yaml.org,2002:python/object/apply:os.system> ['touch canary']", "!ENV ${HOME}",
+]  # fmt: skip
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)
+)
+
+
+def texts() -> Iterator[tuple[str, bytes]]:
+    """Recipe files that must be refused."""
+    for tag in TAGS:
+        for place in (
+            f"seed: {tag}\n",
+            f"offline: {{x: [{tag}]}}\n",
+            f"? {tag}\n: 1\n",
+            f"swap: [{{at: x, with: y, options: {{a: {tag}}}}}]\n",
+        ):
+            yield f"tag {place}", (GOOD + place).encode()
+    for name, text in {
+        "bomb": BOMB, "bomb in data": GOOD + BOMB, "alias": GOOD + "seed: &a 3\ncheckpoint: {keep: *a}\n", "alias of itself": "a: &a [*a]\n", "alias unknown": GOOD + "seed: *a\n", "merge": GOOD + "offline: {<<: *x}\n",
+        "merge of a map": GOOD + "<<: {seed: 3}\n", "key twice": GOOD + "seed: 1\nseed: 2\n", "group twice": GOOD + "train: {epochs: 3}\n", "key twice inside": GOOD + "checkpoint: {keep: 1, keep: 2}\n", "key twice, quoted": GOOD + "seed: 1\n'seed': 2\n",
+        "list as key": GOOD + "? [a, b]\n: 1\n", "map as key": GOOD + "? {a: b}\n: 1\n", "number as key": GOOD + "1: 2\n", "null as key": GOOD + "~: 2\n", "true as key": GOOD + "true: 2\n", "empty key": GOOD + "'': 2\n", "dotted key": GOOD + "train.epochs: 2\n",
+        "two documents": GOOD + "---\n" + GOOD, "end and more": GOOD + "...\nseed: 3\n", "yaml 9": "%YAML 9.9\n---\n" + GOOD, "tag directive": "%TAG ! tag:evil,2026:\n---\n" + GOOD + "seed: !x 3\n", "tab": GOOD + "checkpoint:\n\tkeep: 2\n",
+        "a list": "- a\n- b\n", "a text": "evil", "a number": "3", "nothing": "", "comment": "# nothing\n", "null": "~", "open list": GOOD + "swap: [", "open text": GOOD + "task: 'x", "closing": GOOD + "}}}}\n", "html": "<html><script>alert(1)</script>", "json bomb": "[" * 100_000,
+        "maps": "{a: " * 50_000, "dashes": "- " * 50_000, "question marks": "? " * 50_000, "colons": ": " * 50_000, "deep by indent": "".join(" " * i + f"k{i}:\n" for i in range(300)), "wide": "".join(f"k{i}: 1\n" for i in range(5000)), "long key": "k" * 150_000 + ": 1\n",
+        "too long": "# " + "x" * 300_000 + "\n" + GOOD, "far too long": "x" * 3_000_000, "digits": GOOD + "seed: " + "9" * 10_000 + "\n", "hex digits": GOOD + "seed: 0x" + "f" * 10_000 + "\n", "octal": GOOD + "seed: 0o" + "7" * 4000 + "\n", "exponent": GOOD + "offline: {a: 1e" + "9" * 500 + "}\n",
+        "wide int": GOOD + "seed: " + "9" * 60 + "\n", "escape": GOOD + "seed: \x1b[2J\n", "escape in quotes": GOOD + 'seed: "\\e[2J"\n', "bell": GOOD + "\x07: 1\n", "NUL": GOOD + "seed: \0\n", "DEL": GOOD + "seed: \x7f\n", "NUL in a name": GOOD.replace("train.jsonl", '"a\\0b"'),
+        "escape in a name": GOOD.replace("train.jsonl", '"\\e[31m.jsonl"'), "turned name": GOOD.replace("train.jsonl", '"\\u202egnp.jsonl"'), "no such user": GOOD.replace("train.jsonl", "~nobody_at_all/x.jsonl"), "long name": GOOD.replace("train.jsonl", "x" * 5000 + ".jsonl"),
+        "device": GOOD.replace("train.jsonl", "/dev/zero"), "device with a format": GOOD.replace("train: train.jsonl", "train: /dev/zero\n  format: txt"), "memory": GOOD.replace("train: train.jsonl", "train: /proc/self/mem\n  format: txt"), "folder": GOOD.replace("train.jsonl", "."),
+        "passwords": GOOD.replace("train.jsonl", "/etc/passwd"), "hub path": GOOD.replace("train.jsonl", "'hub:../../x#train'"), "hub nothing": GOOD.replace("train.jsonl", "'hub:#'"), "hub shell": GOOD.replace("train.jsonl", "'hub:$(touch canary)/x#train'"),
+        "method path": GOOD + "tune: {method: ../../evil}\n", "method module": GOOD + "tune: {method: os}\n", "method private": GOOD + "tune: {method: _around}\n", "method dunder": GOOD + "tune: {method: __init__}\n", "method dotted": GOOD + "tune: {method: 'lora.os'}\n", "method NUL": GOOD + 'tune: {method: "a\\0"}\n',
+        "task path": GOOD.replace("task: classification", "task: ../evil"), "task dunder": GOOD.replace("task: classification", "task: __init__"), "metric": GOOD.replace("bootstrap: 50", "metrics: ['os.system']"), "metric dunder": GOOD.replace("bootstrap: 50", "metrics: ['__class__']"),
+        "metric path": GOOD.replace("bootstrap: 50", "metrics: ['../x']"), "swap a function": GOOD + "swap: [{at: '**.query', with: 'os:system'}]\n", "swap eval": GOOD + "swap: [{at: '**.query', with: 'builtins:eval'}]\n", "swap a plain class": GOOD + "swap: [{at: '**.query', with: 'subprocess:Popen', options: {args: [touch, canary]}}]\n",
+        "swap nothing": GOOD + "swap: [{at: '**.query', with: 'gone.py:X'}]\n", "swap no class": GOOD + "swap: [{at: '**.query', with: 'os'}]\n", "swap relative": GOOD + "swap: [{at: '**.query', with: '..evil:X'}]\n", "_target_": GOOD + "_target_: os.system\n", "_target_ inside": GOOD.replace("epochs: 2", "epochs: {_target_: os.system}"),
+        "interpolation": GOOD.replace("epochs: 2", "epochs: ${oc.env:HOME}"), "include": GOOD + "include: /etc/passwd\n", "defaults": GOOD + "defaults: [x]\n", "hydra": GOOD + "hydra: {run: {dir: /tmp}}\n", "trust": GOOD.replace("model:\n", "model:\n  trust_remote_code: true\n"),
+        "cache above": GOOD.replace("max_length: 48", "cache: ../outside"), "cache far above": GOOD.replace("max_length: 48", "cache: runs/../../../outside"), "cache absolute": GOOD.replace("max_length: 48", "cache: /tmp/outside_canary"), "cache here": GOOD.replace("max_length: 48", "cache: ."), "cache home": GOOD.replace("max_length: 48", "cache: ''"),
+        "cache is a file": GOOD.replace("max_length: 48", "cache: train.jsonl"), "cache NUL": GOOD.replace("max_length: 48", 'cache: "a\\0b"'), "cache long": GOOD.replace("max_length: 48", "cache: " + "x" * 5000), "model above": GOOD.replace("name: model", "name: ../../../../etc"), "model device": GOOD.replace("name: model", "name: /dev/null"),
+        "model NUL": GOOD.replace("name: model", 'name: "a\\0b"'), "model long": GOOD.replace("name: model", "name: " + "x" * 5000), "model shell": GOOD.replace("name: model", "name: '$(touch canary)'"), "model url": GOOD.replace("name: model", "name: http://127.0.0.1:9/x"), "model user": GOOD.replace("name: model", "name: ~nobody_at_all/x"),
+        "model escape": GOOD.replace("name: model", 'name: "\\e[2J"'), "model empty": GOOD.replace("name: model", "name: ''"), "revision above": GOOD.replace("name: model", "name: owner/thing\n  revision: ../../../../etc"), "revision NUL": GOOD.replace("name: model", 'name: owner/thing\n  revision: "a\\0"'), "revision empty": GOOD.replace("name: model", "name: owner/thing\n  revision: ''"),
+        "device name": GOOD.replace("epochs: 2", "device: '$(touch canary)'"), "device number": GOOD.replace("epochs: 2", "device: cuda:99"), "no device": GOOD.replace("epochs: 2", "device: ''"), "names twice": GOOD.replace("max_length: 48", "names: [text, text]"), "columns escape": GOOD.replace("max_length: 48", 'columns: {text: "\\e[2J"}'),
+        "column role": GOOD.replace("max_length: 48", "columns: {__class__: x}"), "labels twice": GOOD.replace("max_length: 48", "labels: [positive, positive]"), "labels composed": GOOD.replace("max_length: 48", 'labels: ["\\u00e9", "e\\u0301"]'), "labels one": GOOD.replace("max_length: 48", "labels: [positive]"), "format": GOOD.replace("max_length: 48", "format: pickle"),
+    }.items():  # fmt: skip
+        yield name, text.encode("utf-8", "surrogatepass")
+    for key, group in (("epochs", "train"), ("batch_size", "train"), ("learning_rate", "train"), ("clip", "train"), ("warmup", "train"), ("weight_decay", "train"), ("eps", "train"), ("max_steps", "train"), ("micro_batch_tokens", "train"), ("max_length", "data")):  # fmt: skip
+        for value in (".nan", ".inf", "-.inf", "-1", "'3'", "[3]", "{a: 3}", "true", "1_000", "12:30", "yes"):
+            text = re.sub(rf"\n  {key}: .*", "", GOOD).replace(f"\n{group}:\n", f"\n{group}:\n  {key}: {value}\n")
+            yield f"{group}.{key}: {value}", text.encode()
+    for name, raw in {
+        "UTF-16": GOOD.encode("utf-16"),
+        "latin-1": GOOD.encode() + b"# \xe4\n",
+        "noise": bytes(range(256)),
+        "gzip": b"\x1f\x8b\x08" + b"\0" * 99,
+        "zip": b"PK\x03\x04" + b"\0" * 99,
+        "pickle": payloads("canary")["protocol 4"],
+        "NULs": b"\0" * 9999,
+    }.items():
+        yield name, raw
+
+
+OVERRIDES = [
+    "", "=", "=3", "seed", ".=3", "a..b=3", "a." * 5000 + "b=1", "seed=" + "9" * 5000, "seed=" + "9" * 60, "seed=[", "seed={", "seed=!!python/object/apply:os.system ['touch canary']", "seed=*a", "seed=&a [*a]", "seed=1\n---\n2", "seed='", "seed=\x1b[2J", "\x1b[2J=3",
+    "seed=\udcff", "\udcff=1", "model=3", "model=", "data=[]", "task=", "task=../x", "train=", "tune.method={}", "tune.method=../../x", "tune=3", "swap=[{", "swap={a: b}", "swap=[{at: x, with: 'os:system'}]", "data.train=/dev/zero", "data.train=\x1b[2J", "data.train=~nobody_at_all/x",
+    "data.train=" + "x" * 5000, "data.cache=train.jsonl", "data.cache=/proc/outside", "model.name=" + "../" * 50 + "etc", "model.name=\udcff", "__class__.x=1", "train.__init__=1", "train.epochs.x.y=1", "seed=" + "[" * 5000, "$(touch canary)=1", "seed=$(touch canary)", "evaluate.metrics=[__import__]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_hostile_recipes_are_refused(
+    recipe: MakeRecipe, bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], quiet_disk: Callable[[], None], part: int
+) -> None:
+    shutil.copytree(bert, tmp_path / "model")
+    path = Path(recipe(model=Path("model")).path)
+    cases: list[tuple[str, bytes, list[str]]] = [(name, raw, []) for name, raw in texts()]
+    cases += [(f"override {one[:60]!r}", GOOD.encode(), [one]) for one in OVERRIDES if one and "=" in one]
+    assert len(cases) >= 300
+    faults = []
+    for name, raw, overrides in cases[part::6]:
+        path.write_bytes(raw)
+        try:
+            refused(*answers(capfd, "layers", str(path), *overrides))
+            quiet_disk()
+        except (AssertionError, Hang) as error:
+            faults.append(f"{name[:80]}: {type(error).__name__} {str(error)[:300]}")
+    assert not faults, "\n".join([f"{len(faults)} of {len(cases[part::6])}", *faults])
+
+
+@pytest.mark.parametrize("name", ["...yaml", ".hidden.yaml", "..yaml", "\x1b[2J.yaml", "a\nb.yaml", " .yaml"])
+def test_a_recipe_file_cannot_name_a_run_folder_outside_runs(
+    recipe: MakeRecipe, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    recipe().path.rename(name)
+    refused(*answers(capfd, "finetune", f"./{name}"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("/dev/zero", p), lambda p: os.symlink(p, p)])
+def test_a_recipe_is_a_plain_file(tmp_path: Path, capfd: pytest.CaptureFixture[str], make: Callable[[str], None]) -> None:
+    Path("recipes").mkdir()
+    for name in ("odd.yaml", "recipes/named.yaml"):
+        make(name)
+    refused(*answers(capfd, "check", "./odd.yaml"))
+    refused(*answers(capfd, "check", "named"))
+
+
+def test_only_the_command_line_points_the_cache_elsewhere(
+    recipe: MakeRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe()
+    outside = tmp_path.parent / f"{tmp_path.name}_cache"
+    assert answers(capfd, "layers", str(made.path), f"data.cache={outside}")[0] == 0
+    assert list(outside.glob("*.arrow"))
+    shutil.rmtree(outside)
+
+
+def test_numbers_of_a_recipe_have_64_bits() -> None:
+    assert yaml12.scalar(str(2**63 - 1)) == 2**63 - 1
+    for text in (str(2**63), "0x" + "f" * 16):
+        with pytest.raises(InputError, match="64 bits"):
+            yaml12.scalar(text)

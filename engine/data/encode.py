@@ -137,7 +137,7 @@ def _crc(table: Any) -> int:
         for chunk in table.column(name).chunks:
             parts = (chunk.offsets, chunk.values) if hasattr(chunk, "offsets") else (chunk,)
             for part in parts:
-                crc = zlib.crc32(np.ascontiguousarray(part.to_numpy(zero_copy_only=False)), crc)
+                crc = zlib.crc32(np.ascontiguousarray(part.to_numpy(zero_copy_only=False)).data, crc)
     return crc
 
 

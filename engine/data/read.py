@@ -140,26 +140,26 @@ def _decode(raw: bytes, name: str) -> str:
     return text
 
 
-class _NotARow(ValueError):
+class _NotARowError(ValueError):
     """Well-formed JSON that cannot be a row."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise _NotARow(f"the key {quoted(_twice([k for k, _ in pairs]))} stands twice in one object")
+        raise _NotARowError(f"the key {quoted(_twice([k for k, _ in pairs]))} stands twice in one object")
     return row
 
 
 def _constant(word: str) -> None:
     """NaN is how some writers spell "no value"; the infinities are no JSON and no value either."""
     if word != "NaN":
-        raise _NotARow(f"{word} is no JSON")
+        raise _NotARowError(f"{word} is no JSON")
 
 
 def _integer(digits: str) -> int:
     if len(digits) > 4000:  # Python refuses to read or print more, and no column needs them
-        raise _NotARow(f"a number of {len(digits):,} digits")
+        raise _NotARowError(f"a number of {len(digits):,} digits")
     return int(digits)
 
 
@@ -170,15 +170,15 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # what the escape of half a surrogate 
 def _object(row: Any, source: str) -> Row:
     """`row`, decoded from `source`, if it can be a row."""
     if not isinstance(row, dict):
-        raise _NotARow(f"a {type(row).__name__} stands here; it must be an object {{...}}")
+        raise _NotARowError(f"a {type(row).__name__} stands here; it must be an object {{...}}")
     if source.count("[") + source.count("{") > DEEPEST and _depth(row) > DEEPEST:
-        raise _NotARow("nested too deep")
+        raise _NotARowError("nested too deep")
     if _HALF.search(source):
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("unicode_escape", "surrogatepass").decode()
-            raise _NotARow(f"half of a surrogate pair ({half}) stands here, which is no character") from error
+            raise _NotARowError(f"half of a surrogate pair ({half}) stands here, which is no character") from error
     return row
 
 
@@ -198,7 +198,7 @@ def _jsonl(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator
             continue
         try:
             yield number, _object(_DECODER.decode(line), line)
-        except _NotARow as error:
+        except _NotARowError as error:
             bad(f"{name}:{number}", "no row", str(error))
         except json.JSONDecodeError as error:
             bad(f"{name}:{number}:{error.colno}", "not JSON", f"this line is not JSON: {error.msg}")
@@ -233,8 +233,8 @@ def _json(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[
             last = number
         except json.JSONDecodeError as error:
             raise InputError(f"{name}:{error.lineno}:{error.colno}: this is not JSON: {error.msg}") from error
-        except (_NotARow, RecursionError) as error:  # where this one ends is not known, so the others cannot be read
-            said = str(error) if isinstance(error, _NotARow) else "this is not JSON: nested too deep"
+        except (_NotARowError, RecursionError) as error:  # where this one ends is not known, so the others cannot be read
+            said = str(error) if isinstance(error, _NotARowError) else "this is not JSON: nested too deep"
             raise InputError(f"{name}:{number}: {said}") from error
         at = skip(end)
         if text[at : at + 1] not in (",", "]"):
@@ -242,7 +242,9 @@ def _json(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[
         if text[at] == ",":
             at = skip(at + 1)
             if text[at : at + 1] == "]":
-                raise InputError(f"{name}:{here(at)}: a comma stands before the ]; a row is missing, or the comma is one too many")
+                raise InputError(
+                    f"{name}:{here(at)}: a comma stands before the ]; a row is missing, or the comma is one too many"
+                )
     at = skip(at + 1)
     if at < len(text):
         raise InputError(f"{name}:{here(at)}: something stands after the list's end, and would be lost; a .json file is one list")
@@ -292,13 +294,10 @@ def _read_parquet(raw: bytes, name: str, table: Table) -> None:
     import pyarrow.parquet
 
     try:
-        read = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
-        rows = read.to_pylist()
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()  # refuses a column that stands twice
     except Exception as error:  # pyarrow raises many kinds for a damaged file; the reader of this message needs one
         reason = plain((str(error).splitlines() or [type(error).__name__])[0])
         raise InputError(f"{name}: this is no readable parquet file: {reason}") from error
-    if twice := _twice(read.column_names):
-        raise InputError(f"{name}: the column {quoted(twice)} stands twice in this file")
     table.rows += rows
     table.places += [f"{name}:row {i}" for i in range(1, len(rows) + 1)]
 

@@ -91,7 +91,10 @@ class Task:
             if label is None:
                 return "missing label", f"column '{name}' has no label"
             if self.labels and label not in self.ids:
-                return "unknown label", f"column '{name}': the label {quoted(label)} is not in the training set{self._hint(label)}"
+                return (
+                    "unknown label",
+                    f"column '{name}': the label {quoted(label)} is not in the training set{self._hint(label)}",
+                )
         return None
 
     def _hint(self, label: str) -> str:
