@@ -38,7 +38,7 @@ MAGIC = {
     b"\xff\xfe": "it looks like UTF-16", b"\xfe\xff": "it looks like UTF-16", b"\x1f\x8b": "it is gzip; unpack it first",
     b"PK\x03\x04": "it is a zip or Excel file; unpack or export it first", b"PAR1": "it is parquet; set data.format=parquet",
 }  # fmt: skip
-LINE_END = re.compile(r"\r\n|\n|\r")  # not splitlines: U+2028 may stand inside a text
+DIGITS = "a number of thousands of digits stands here"
 DEEPEST = 64  # levels of nesting in one row
 csv.field_size_limit(1 << 27)  # a document may be one field
 
@@ -144,6 +144,11 @@ class _NotARowError(ValueError):
     """Well-formed JSON that cannot be a row."""
 
 
+def _lines(text: str) -> list[str]:
+    """Lines, ended by LF, CR LF or CR; not splitlines, since U+2028 may stand inside a text."""
+    return re.split(r"\r\n|\n|\r", text) if "\r" in text else text.split("\n")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
@@ -157,13 +162,7 @@ def _constant(word: str) -> None:
         raise _NotARowError(f"{word} is no JSON")
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > 4000:  # Python refuses to read or print more, and no column needs them
-        raise _NotARowError(f"a number of {len(digits):,} digits")
-    return int(digits)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # what the escape of half a surrogate pair begins with
 
 
@@ -193,7 +192,7 @@ def _depth(value: Any) -> int:
 
 
 def _jsonl(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
-    for number, line in enumerate(LINE_END.split(text), 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -202,8 +201,8 @@ def _jsonl(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator
             bad(f"{name}:{number}", "no row", str(error))
         except json.JSONDecodeError as error:
             bad(f"{name}:{number}:{error.colno}", "not JSON", f"this line is not JSON: {error.msg}")
-        except RecursionError:
-            bad(f"{name}:{number}", "no row", "nested too deep")
+        except (RecursionError, ValueError) as error:  # Python reads no number of more than 4,300 digits
+            bad(f"{name}:{number}", "no row", "nested too deep" if isinstance(error, RecursionError) else DIGITS)
 
 
 def _json(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
@@ -233,8 +232,9 @@ def _json(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[
             last = number
         except json.JSONDecodeError as error:
             raise InputError(f"{name}:{error.lineno}:{error.colno}: this is not JSON: {error.msg}") from error
-        except (_NotARowError, RecursionError) as error:  # where this one ends is not known, so the others cannot be read
-            said = str(error) if isinstance(error, _NotARowError) else "this is not JSON: nested too deep"
+        except (RecursionError, ValueError) as error:  # where this one ends is not known, so the others cannot be read
+            deep = "this is not JSON: nested too deep"
+            said = str(error) if isinstance(error, _NotARowError) else deep if isinstance(error, RecursionError) else DIGITS
             raise InputError(f"{name}:{number}: {said}") from error
         at = skip(end)
         if text[at : at + 1] not in (",", "]"):
@@ -281,7 +281,7 @@ def _separated(separator: str) -> Any:
 
 
 def _txt(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
-    for number, line in enumerate(LINE_END.split(text), 1):
+    for number, line in enumerate(_lines(text), 1):
         if line.strip():
             yield number, {"text": line}
 
