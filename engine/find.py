@@ -46,13 +46,12 @@ def method(name: str, where: str, folders: tuple[Path, ...] = ()) -> Any:
 
 def locate(path: str, folders: tuple[Path, ...] = ()) -> Path | None:
     """The first existing place of a relative `path`: here, in the project, in one of `folders`."""
-    candidate = Path(path).expanduser()
-    if candidate.is_absolute():
-        return candidate if candidate.exists() else None
-    for folder in (Path.cwd(), PROJECT, *folders):
-        if (folder / candidate).exists():
-            return folder / candidate
-    return None
+    try:
+        candidate = Path(path).expanduser()
+        places = [candidate] if candidate.is_absolute() else [folder / candidate for folder in (Path.cwd(), PROJECT, *folders)]
+        return next((place for place in places if place.exists()), None)
+    except (OSError, RuntimeError):  # a name too long, a folder that may not be entered, a user who does not exist
+        return None
 
 
 def load_class(spec: str, where: str, folders: tuple[Path, ...] = ()) -> type:
@@ -68,8 +67,8 @@ def load_class(spec: str, where: str, folders: tuple[Path, ...] = ()) -> type:
     else:
         try:
             loaded = importlib.import_module(source)
-        except ImportError as error:
-            raise InputError(f"{where}: cannot import {source}: {error}") from error
+        except Exception as error:  # a name that is none, or whatever the module's own code raises
+            raise InputError(f"{where}: cannot import {source}: {type(error).__name__}: {error}") from error
     if not hasattr(loaded, name):
         classes = [k for k, v in vars(loaded).items() if isinstance(v, type)]
         raise InputError(f"{where}: {source} has no class '{name}'{nearest(name, classes)}")

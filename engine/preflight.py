@@ -8,6 +8,7 @@ import torch
 from engine import optim, prepare, seeds
 from engine.data.windows import describe_plan
 from engine.layers.quantized import QuantizedLinear
+from engine.prepare import tell
 from engine.recipe import Recipe, shown
 
 
@@ -15,40 +16,40 @@ def check(recipe: Recipe) -> None:
     """Prepare everything as a run would, then one real forward and backward pass on the first window."""
     ready = prepare.prepare(recipe, say=lambda line: None)
     plan = describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
-    print(f"recipe  {shown(recipe.path)}: {recipe.task}, seed {recipe.seed}\n")
-    print("data")
+    tell(f"recipe  {shown(recipe.path)}: {recipe.task}, seed {recipe.seed}\n")
+    tell("data")
     for name, fact in ready.facts.items():
         tokens = fact["tokens"]
         labels = ", ".join(f"{label} {n:,}" for label, n in fact["labels"].items())
-        print(
+        tell(
             f"  {name:<11} {fact['rows_read']:,} rows read = {fact['rows_used']:,} used + {sum(fact['dropped'].values()):,} dropped; {labels}"
         )
         leaks = "".join(f"; {n} {key.replace('_', ' ')}" for key, n in fact.items() if key.startswith("also_in_") and n)
         lengths = (
             f"tokens: mean {tokens['mean']}, longest {tokens['longest']}, {tokens['truncated']} cut at {recipe.data.max_length}"
         )
-        print(f"  {'':<11} {fact['duplicates']} duplicates{leaks}; {lengths}")
-    print("\nmodel")
+        tell(f"  {'':<11} {fact['duplicates']} duplicates{leaks}; {lengths}")
+    tell("\nmodel")
     loaded = ready.loaded
-    print(f"  {recipe.model.name} ({loaded.source.origin}: {loaded.source.folder})")
-    print(f"  fresh: {', '.join(loaded.fresh) or 'nothing'}")
+    tell(f"  {recipe.model.name} ({loaded.source.origin}: {loaded.source.folder})")
+    tell(f"  fresh: {', '.join(loaded.fresh) or 'nothing'}")
     for line in prepare.summed(ready.swapped):
-        print(f"  swap: {line}")
-    print(f"  {ready.coverage}")
-    print("\ntraining")
+        tell(f"  swap: {line}")
+    tell(f"  {ready.coverage}")
+    tell("\ntraining")
     t = recipe.train
     padding = "" if ready.windows.packed else f"; padding adds {plan['padded_tokens'] / plan['real_tokens'] - 1:.0%}"
     windows = f"{plan['windows_per_epoch']} windows x {t.epochs} epochs = {plan['steps']:,} steps"
-    print(f"  {plan['examples']:,} examples / batch {t.batch_size} = {windows}")
+    tell(f"  {plan['examples']:,} examples / batch {t.batch_size} = {windows}")
     parts = f"{plan['micro_batches_per_window']} micro-batches of at most {ready.windows.tokens:,} tokens"
-    print(f"  a window is about {parts}{padding}; {ready.packed}")
+    tell(f"  a window is about {parts}{padding}; {ready.packed}")
     rise = math.ceil(t.warmup * plan["steps"]) if t.warmup < 1 else int(t.warmup)
-    print(f"  AdamW, learning rate {t.learning_rate:g} after {rise} steps of warm-up, then {t.schedule}")
-    print(f"  {ready.precision} on {ready.device}, clip {t.clip}, weight decay {t.weight_decay}")
-    print(f"  memory: about {_memory(loaded.model) / 2**20:,.0f} MiB for weights, gradients and AdamW, activations on top")
+    tell(f"  AdamW, learning rate {t.learning_rate:g} after {rise} steps of warm-up, then {t.schedule}")
+    tell(f"  {ready.precision} on {ready.device}, clip {t.clip}, weight decay {t.weight_decay}")
+    tell(f"  memory: about {_memory(loaded.model) / 2**20:,.0f} MiB for weights, gradients and AdamW, activations on top")
     problems = _probe(ready)
     notes = ready.notes + problems
-    print("\n" + ("\n".join(f"note: {n}" for n in notes) if notes else "nothing looks wrong"))
+    tell("\n" + ("\n".join(f"note: {n}" for n in notes) if notes else "nothing looks wrong"))
 
 
 def _memory(model: torch.nn.Module) -> int:
@@ -73,7 +74,7 @@ def _probe(ready: prepare.Prepared) -> list[str]:
             total += float(loss.detach())
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
-    print(
+    tell(
         f"  first window: loss {total:.4f}"
         + (f" (chance: {math.log(len(ready.task.labels)):.4f})" if getattr(ready.task, "labels", None) else "")
     )
@@ -102,9 +103,9 @@ def layers(recipe: Recipe) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     for line in lines:
         cells = [f"{cell:>{w}}" if i == 3 else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        print("  ".join(cells).rstrip())
+        tell("  ".join(cells).rstrip())
     counts = collections.Counter(line[4] for line in lines)
-    print(f"\n{len(lines)} modules with parameters: {', '.join(f'{n} {what}' for what, n in counts.items())}\n{ready.coverage}")
+    tell(f"\n{len(lines)} modules with parameters: {', '.join(f'{n} {what}' for what, n in counts.items())}\n{ready.coverage}")
 
 
 def _state(parameter: torch.nn.Parameter) -> str:

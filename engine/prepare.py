@@ -7,7 +7,8 @@ Nothing is written but the token cache, so whatever is wrong with recipe, data o
 exists. `check`, `layers` and `finetune` all begin here.
 """
 
-import functools
+import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,16 @@ import torch
 
 from engine import adapters, find, freeze, metrics, models, optim, seeds, swap
 from engine.data import encode, read, rows, windows
-from engine.errors import InputError
+from engine.errors import InputError, plain, quoted
 from engine.fast import packing
 from engine.recipe import Recipe
 
-tell = functools.partial(print, flush=True)
+
+def tell(line: str) -> None:
+    """A line for people, at once. What files hold (labels, names) is made harmless to a terminal."""
+    print(plain(line), flush=True)
+
+
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -65,6 +71,7 @@ def prepare(
     recipe = adapters.started(recipe)
     folders = (recipe.path.parent,)
     notes: list[str] = []
+    cache = _cache(recipe)
     task = _task(recipe)
     splits = _splits(recipe, task, folders, notes)
     facts = rows.facts(splits, task)
@@ -74,11 +81,10 @@ def prepare(
     method, own, coverage = _tune(recipe, loaded, head, swapped, None if resumed else recipe.tune.start, notes)
     loaded.model.to(device)
     encoded = {
-        name: encode.encode(
-            task, split.table.rows, loaded.tokenizer, recipe.data.max_length, Path(recipe.data.cache), interrupted
-        )
+        name: encode.encode(task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
         for name, split in splits.items()
     }
+    models.check_ids(loaded, {name: tokens.ragged["input_ids"][0] for name, tokens in encoded.items()})
     notes += _look_at(facts, encoded, recipe.data.max_length)
     made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
@@ -115,6 +121,20 @@ def _task(recipe: Recipe) -> Any:
         return task_class(recipe.data.columns, recipe.data.labels)
     except InputError as error:
         raise InputError(f"{recipe.where('data.columns')}: {error}") from error
+
+
+def _cache(recipe: Recipe) -> Path:
+    """The folder of tokenised data. A recipe may come from anyone, so only the command line points out of the working folder."""
+    named, here = recipe.data.cache, Path.cwd()
+    path = Path(os.path.normpath(here / named))
+    if not named.strip() or "\0" in named or path == here:
+        raise recipe.error("data.cache", f"{quoted(named)} names no folder of its own")
+    if not path.is_relative_to(here) and recipe.where("data.cache") != "command line":
+        problem = (
+            f"{quoted(named)} lies outside the working folder; if you mean it, give it on the command line: data.cache=FOLDER"
+        )
+        raise recipe.error("data.cache", problem)
+    return Path(named)
 
 
 def _metrics(recipe: Recipe, task: Any) -> list[str]:
@@ -217,7 +237,8 @@ def _probe(train: encode.Encoded, device: torch.device) -> dict[str, torch.Tenso
 def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, rows.Split]:
     """train, validation, test: read, columns checked, bad rows named or dropped, train's labels learnt."""
     data = recipe.data
-    options: dict[str, Any] = {"folders": folders, "format": data.format, "names": data.names, "quoting": data.quoting}
+    options: dict[str, Any] = {"folders": folders, "format": data.format, "names": data.names, "quoting": data.quoting,
+                               "bad_rows": data.bad_rows}  # fmt: skip
     where = f"{recipe.where('data.columns')}: data.columns"
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
     tables = {
@@ -225,12 +246,15 @@ def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[st
         for name, files in sources.items() if isinstance(files, list)
     }  # fmt: skip
     if data.train_limit:
-        tables["train"] = tables["train"].take(list(range(min(data.train_limit, len(tables["train"])))))
+        beyond = max(0, len(tables["train"]) - data.train_limit)
+        tables["train"] = tables["train"].take(list(range(len(tables["train"]) - beyond)))
+        tables["train"].dropped += Counter({"beyond data.train_limit": beyond})  # += keeps no zeros
     splits = {}
     for name, table in tables.items():
         rows.require_columns(table, task.columns, where)
         if name == "train":
-            task.fit(table.rows, table.places[0].rpartition(":")[0])
+            usable = [row for row in table.rows if task.problem(row, target=False) is None]
+            task.fit(usable or table.rows, table.places[0].rpartition(":")[0])
         elif note := task.adapt(table.rows):
             notes.append(f"{name}: {note}")
         splits[name] = rows.clean(table, task, data.bad_rows)
@@ -239,10 +263,8 @@ def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[st
         splits["train"], splits["validation"] = rows.split_off(splits["train"], data.validation, strata, recipe.seed)
     for name, split in splits.items():
         if split.dropped:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in split.dropped.items())
-            notes.append(
-                f"{name}: {split.read:,} rows read = {len(split):,} used + {sum(split.dropped.values()):,} dropped ({reasons})"
-            )
+            total = f"{split.read:,} rows read = {len(split):,} used + {sum(split.dropped.values()):,} dropped"
+            notes.append(f"{name}: {total} ({rows.reasons(split)})")
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 

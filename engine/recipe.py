@@ -6,6 +6,7 @@
 All errors come at once, each with file:line, key and the nearest right name.
 """
 
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
 from engine import find, yaml12
-from engine.errors import InputError, listing, nearest
+from engine.errors import InputError, listing, nearest, quoted
 from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Group, Model, Schema, SwapRule, Train, Tune
+
+NAME = re.compile(r"[^\W_][\w.+ -]*")
 
 
 class Recipe:
@@ -58,13 +61,9 @@ def load(name: str, overrides: list[str] | None = None, *, offline: bool = False
     """
     path = locate(name)
     where_from = shown(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where_from}: not UTF-8 at byte {error.start}; save the recipe as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{where_from}: cannot be read: {error.strerror}") from error
-    raw, lines = yaml12.parse(text, where_from)
+    if not NAME.fullmatch(path.stem):  # the run folder bears this name, so `...yaml`, whose stem is `..`, would lead out of runs/
+        raise InputError(f"{where_from}: a recipe's file name has letters, digits and . _ - and begins with a letter or digit")
+    raw, lines = yaml12.parse(text_of(path), where_from)
     if not isinstance(raw, dict):
         raise InputError(f"{where_from}: a recipe is a mapping of keys, beginning with `task:`")
 
@@ -83,16 +82,35 @@ def load(name: str, overrides: list[str] | None = None, *, offline: bool = False
     return _check(raw, overrides or [], where, path, code)
 
 
+def text_of(path: Path) -> str:
+    """A recipe's text: a plain file (a pipe or a device would never end), of UTF-8, no larger than a recipe can be."""
+    place = shown(path)
+    if not path.is_file():
+        raise InputError(f"{place}: this is no file")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(4 * yaml12.LARGEST + 1)  # 4 bytes are the longest character
+    except OSError as error:
+        raise InputError(f"{place}: cannot be read: {error.strerror}") from error
+    if len(raw) > 4 * yaml12.LARGEST:
+        raise InputError(f"{place}: more than {4 * yaml12.LARGEST:,} bytes are no recipe")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{place}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the recipe as UTF-8") from error
+
+
 def locate(name: str) -> Path:
     """The file of a recipe: a path, or a name in recipes/."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
         found = find.locate(name)
         if found is None or not found.is_file():
-            raise InputError(f"no recipe file {name}")
+            raise InputError(f"no recipe file {quoted(name)}")
         return found
     known = available()
     if name not in known:
-        raise InputError(f"no recipe '{name}' in recipes/{nearest(name, known)}")
+        raise InputError(f"no recipe {quoted(name)} in recipes/{nearest(name, known)}")
     return known[name]
 
 
@@ -145,13 +163,13 @@ def _override(raw: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any]
     keys: list[str] = []
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals or not key or any(not part for part in key.split(".")):
-            problems.append(f"command line: '{item}' is no override; write KEY=VALUE, such as train.epochs=1")
+        if not equals or not key or any(not part for part in key.split(".")) or key.count(".") >= yaml12.DEEPEST:
+            problems.append(f"command line: {quoted(item)} is no override; write KEY=VALUE, such as train.epochs=1")
             continue
         try:
             value = yaml12.scalar(text)
         except InputError as error:
-            problems.append(f"command line: {key}: {error}")
+            problems.append(f"command line: {quoted(key)[1:-1]}: {error}")
             continue
         *groups, last = key.split(".")
         at = raw
@@ -190,10 +208,11 @@ def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str
         elif error["type"] == "missing":
             parts.append(str(part))
     key = ".".join(parts)
+    shown_key = quoted(key, 100)[1:-1]
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         known = [k for k, _ in _fields(schema, parts[:-1])]
-        return f"{where(key)}: {key}: unknown key{nearest(parts[-1], known)}"
+        return f"{where(key)}: {shown_key}: unknown key{nearest(parts[-1], known)}"
     if kind == "missing":
         return f"{where(key)}: {key}: this key is required and missing"
     message = {
@@ -207,12 +226,7 @@ def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str
         "int_from_float": "a whole number is needed",
         "finite_number": "a finite number is needed",
     }.get(kind, message[0].lower() + message[1:])
-    return f"{where(key)}: {key}: {message}, not {_quoted(given)}"
-
-
-def _quoted(value: Any) -> str:
-    text = f"'{value}'" if isinstance(value, str) else "null" if value is None else str(value)
-    return text if len(text) < 60 else text[:57] + "..."
+    return f"{where(key)}: {shown_key}: {message}, not {quoted(given)}"
 
 
 def _cross_checks(values: Schema, where: Callable[[str], str]) -> list[str]:
@@ -254,10 +268,11 @@ def _plain(value: Any) -> Any:
 
 def shown(path: Path) -> str:
     """A path as short as it can be read."""
-    for base in (Path.cwd(), find.PROJECT):
-        if path.resolve().is_relative_to(base):
-            return str(path.resolve().relative_to(base))
-    return str(path)
+    try:
+        whole = path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return str(path)
+    return next((str(whole.relative_to(base)) for base in (Path.cwd(), find.PROJECT) if whole.is_relative_to(base)), str(path))
 
 
 # -- describe ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from engine.errors import plain
 from engine.watch import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -169,8 +170,14 @@ def _schedule(steps: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _tick(label: str) -> str:
+    """A label as a plot shows it: short, on one line, and no formula where a $ stands in it."""
+    label = plain(label).replace("\n", " ").replace("$", r"\$")
+    return label if len(label) <= 40 else label[:37] + "..."
+
+
 def _confusion(detail: dict[str, Any]) -> Figure:
-    labels, counts = detail["labels"], detail["confusion_matrix"]
+    labels, counts = [_tick(label) for label in detail["labels"]], detail["confusion_matrix"]
     size = 2.2 + 0.55 * len(labels)
     figure, axes = _axes("Confusion matrix", min(9.0, size + 1), min(8.0, size))
     axes.grid(False)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import find, yaml12
+from engine import find, vet, yaml12
 from engine.errors import InputError
 from engine.recipe import Recipe, load
 
@@ -162,9 +162,13 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     if not (folder / "model" / "config.json").exists():
         raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
     task_class = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task
+    vet.folder(folder / "model", str(folder))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
+    except Exception as error:  # the kinds that a damaged tokenizer raises are many
+        raise InputError(f"{folder / 'model'}: the tokenizer cannot be loaded: {str(error).strip()[:200]}") from error
     auto = getattr(transformers, task_class.auto_class)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     method = method_of(folder, recipe, allow_code)

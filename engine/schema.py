@@ -90,11 +90,14 @@ class Data(Group):
     )
     labels: list[str] | None = Field(None, description="The labels in their order; by default train's, sorted.")
     bad_rows: Literal["error", "drop"] = Field(
-        "error", description="A row without text or with an unknown label: stop and name it, or drop and count it."
+        "error", description="A broken line, a row without text or with an unknown label: stop and name it, or drop and count it."
     )
     train_limit: int | None = Field(None, gt=0, description="Use only the first N rows of train.")
     max_length: int = Field(128, ge=4, description="Tokens an example may have; longer ones are cut, counted and reported.")
-    cache: str = Field("runs/.cache", description="Folder of tokenised data, reused across runs by content hash.")
+    cache: str = Field(
+        "runs/.cache",
+        description="Folder of tokenised data, reused by content hash; outside the working folder only by command line.",
+    )
 
 
 class SwapRule(Group):

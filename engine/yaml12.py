@@ -2,7 +2,7 @@
 
 PyYAML follows YAML 1.1, where `3e-5` is a string and `no` is False. Here `3e-5` is a number and `no` a string, as
 YAML 1.2's core schema has it. Tags, aliases and duplicate keys are refused: a recipe needs none of them, and they are
-how a text file becomes code, a bomb or a silent typo.
+how a text file becomes code, a bomb or a silent typo. Size, depth and digits are bounded before anything is built.
 """
 
 import re
@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import yaml
 
-from engine.errors import InputError
+from engine.errors import InputError, quoted
 
-LARGEST = 1_000_000  # bytes; a recipe is a page of text
+LARGEST = 200_000  # characters; a recipe is a page of text, and PyYAML reads 50,000 a second
 DEEPEST = 20
+DIGITS = 100  # of a number; Python itself refuses more than 4,300
 
 Lines = dict[tuple[str, ...], int]  # key path -> line in the file, from 1
 
@@ -46,20 +47,26 @@ def parse(text: str, name: str) -> tuple[Any, Lines]:
     try:
         loader = _Loader(text)
         try:
+            depth = 0
             for event in yaml.parse(text, Loader=_Loader):  # before composing: a bomb is refused, not built
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if isinstance(event, yaml.AliasEvent):
                     raise InputError(f"{name}:{_line(event)}: aliases (*name) are not allowed here")
+                if (tag := getattr(event, "tag", None)) is not None:
+                    raise InputError(f"{name}:{_line(event)}: the tag {quoted(tag)} is not allowed in a recipe")
+                if depth > DEEPEST:
+                    raise InputError(f"{name}:{_line(event)}: nested too deep to be a recipe")
             node = loader.get_single_node()
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         mark = _mark(error)
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        if isinstance(error, yaml.reader.ReaderError):  # a character that YAML forbids, such as NUL
+            place = f"{name}:{text.count(chr(10), 0, error.position) + 1}"
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
         hint = "; a pattern that begins with * needs quotes" if "alias" in str(error) else ""
         raise InputError(f"{place}: this is not YAML: {problem}{hint}") from error
-    except RecursionError as error:
-        raise InputError(f"{name}: nested too deep to be a recipe") from error
     return (None if node is None else _build(node, (), lines, name)), lines
 
 
@@ -83,10 +90,6 @@ def _build(node: yaml.Node, path: tuple[str, ...], lines: Lines, name: str) -> A
     line = node.start_mark.line + 1
     lines.setdefault(path, line)
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if len(path) > DEEPEST:
-        raise InputError(f"{name}:{line}: nested too deep to be a recipe")
-    if kind not in ("map", "seq", "str", "int", "float", "bool", "null"):
-        raise InputError(f"{name}:{line}: the tag {node.tag} is not allowed in a recipe")
     if isinstance(node, yaml.MappingNode):
         built: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -95,18 +98,23 @@ def _build(node: yaml.Node, path: tuple[str, ...], lines: Lines, name: str) -> A
             if not isinstance(key_node, yaml.ScalarNode):
                 raise InputError(f"{place}: a key must be a plain word")
             if key in built:
-                raise InputError(f"{place}: the key '{key}' stands here twice (first in line {lines[(*path, key)]})")
+                raise InputError(f"{place}: the key {quoted(key)} stands here twice (first in line {lines[(*path, key)]})")
             lines[(*path, key)] = key_node.start_mark.line + 1
             built[key] = _build(value_node, (*path, key), lines, name)
         return built
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, (*path, str(i)), lines, name) for i, child in enumerate(node.value)]
     text = node.value
+    if kind in _NUMBER and len(text) > DIGITS:
+        raise InputError(f"{name}:{line}: a number of {len(text):,} digits")
     if kind == "null":
         return None
     if kind == "bool":
         return text.lower() == "true"
-    return _NUMBER[kind](text) if kind in _NUMBER else text
+    value = _NUMBER[kind](text) if kind in _NUMBER else text
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{name}:{line}: {value} has more than 64 bits")
+    return value
 
 
 class _Dumper(yaml.SafeDumper):

@@ -25,11 +25,11 @@ def engine(rows: int, out: Path) -> None:
     recipe = out / "sst2.yaml"
     recipe.write_text(f"""task: classification
 model: {{name: sentence-transformers/all-MiniLM-L6-v2}}
-data: {{train: {DATA}/train.tsv, test: {DATA}/dev.tsv, train_limit: {rows}, columns: {{text: sentence}}, max_length: {LENGTH}, cache: {out}/cache}}
+data: {{train: {DATA}/train.tsv, test: {DATA}/dev.tsv, train_limit: {rows}, columns: {{text: sentence}}, max_length: {LENGTH}}}
 train: {{epochs: 1, batch_size: {BATCH}, learning_rate: {RATE}, warmup: 0.06}}
 evaluate: {{metrics: [accuracy]}}
 """)
-    result = finetune(load(str(recipe)), str(out / "run"))
+    result = finetune(load(str(recipe), [f"data.cache={out}/cache"]), str(out / "run"))
     interval = result.metrics["intervals"]["test"]["accuracy"]
     print(
         json.dumps(

@@ -7,7 +7,7 @@ from pathlib import Path
 from engine import find
 
 LEVELS = [
-    {"errors", "find", "yaml12", "seeds", "distributed", "interrupt", "hub", "watch"},
+    {"errors", "find", "yaml12", "vet", "seeds", "distributed", "interrupt", "hub", "watch"},
     {"schema", "recipe"},
     {"data", "swap", "metrics"},
     {"models", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},

@@ -74,7 +74,7 @@ def test_names_stand_in_for_a_header(tmp_path: Path) -> None:
         ("f.jsonl", b"", "the file has no rows"), ("f.jsonl", b"\n \n", "the file has no rows"), ("f.json", b'{"a": 1}', "must hold a list"),
         ("f.json", b'[{"a": 1} {"a": 2}]', "a comma or ] is missing"), ("f.json", b'[{"a": 1},\n 3]', "f.json:2: a int stands here"),
         ("f.json", b'[{"a": 1}', "a comma or ] is missing"), ("f.json", b"[" * 5000, "not JSON"), ("f.parquet", b"PAR1", "no readable parquet"),
-        ("f.xyz", b"a", "the ending '.xyz' names no format"), ("f.txt", b"a\0b", "f.txt:1: a NUL byte"),
+        ("f.xyz", b"a", "the ending '.xyz' names no format"), ("f.txt", b"a\0b", "f.txt:1:2: a NUL byte"),
     ],
 )  # fmt: skip
 def test_bad_files_are_named_with_their_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:

@@ -2,12 +2,14 @@
 
 The file is plain Arrow (`datasets.Dataset.from_file` reads it too). Columns that are ragged, such as input_ids, are
 read as one flat array with offsets: example i is flat[offsets[i]:offsets[i+1]]. Nothing is copied into memory until a
-micro-batch asks for it, and rows cost no Python object each.
+micro-batch asks for it, and rows cost no Python object each. A file that is damaged, or does not hold these rows, is
+made anew: its CRC-32 and its number of rows are noted in it.
 """
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from engine.data.read import Row
+from engine.errors import InputError
 
 VERSION = 1  # of the file's layout: part of the hash
 CHUNK = 1000  # examples tokenised between two looks at `interrupted`
@@ -68,8 +71,8 @@ def encode(
     """`rows` as the task sees them, tokenised; from `cache` when the same thing was tokenised before."""
     path = cache / f"{_key(task, rows, tokenizer, max_length)}.arrow" if cache else None
     padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, "labels": -100}
-    if path is not None and path.exists():
-        return _open(path, padding, reused=True)
+    if path is not None and (found := _open(path, padding, len(rows))):
+        return found
     columns: dict[str, list[Any]] = {}
     for start in range(0, len(rows), CHUNK):
         if interrupted():
@@ -78,8 +81,15 @@ def encode(
             columns.setdefault(name, []).extend(values)
     if path is None:
         return _from_columns(columns, padding)
-    _write(path, columns)
-    return _open(path, padding, reused=False)
+    try:
+        _write(path, columns)
+    except OSError as error:
+        raise InputError(f"data.cache: {path.parent} cannot be written: {error.strerror or error}") from error
+    made = _open(path, padding, len(rows))
+    if made is None:
+        raise InputError(f"data.cache: {path} does not read back as it was written; is the disk broken?")
+    made.reused = False
+    return made
 
 
 def _key(task: Any, rows: list[Row], tokenizer: Any, max_length: int) -> str:
@@ -109,6 +119,7 @@ def _write(path: Path, columns: dict[str, list[Any]]) -> None:
         else:
             arrays[name] = pyarrow.array(values)
     table = pyarrow.table(arrays)
+    table = table.replace_schema_metadata({"crc32": str(_crc(table))})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -119,10 +130,30 @@ def _write(path: Path, columns: dict[str, list[Any]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _open(path: Path, padding: dict[str, int], reused: bool) -> Encoded:
+def _crc(table: Any) -> int:
+    """CRC-32 of a table's numbers, column by column: (offsets and) values."""
+    crc = 0
+    for name in table.column_names:
+        for chunk in table.column(name).chunks:
+            parts = (chunk.offsets, chunk.values) if hasattr(chunk, "offsets") else (chunk,)
+            for part in parts:
+                crc = zlib.crc32(np.ascontiguousarray(part.to_numpy(zero_copy_only=False)).data, crc)
+    return crc
+
+
+def _open(path: Path, padding: dict[str, int], rows: int) -> Encoded | None:
+    """The tokens in `path`; None where there is no such file, or not a whole one of `rows` rows."""
     import pyarrow
 
-    table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+    if not path.is_file():
+        return None
+    try:
+        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+        noted = (table.schema.metadata or {}).get(b"crc32")
+        if table.num_rows != rows or noted is None or int(noted) != _crc(table):
+            return None
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return None
     ragged: dict[str, tuple[Array, Array]] = {}
     scalars: dict[str, Array] = {}
     for name in table.column_names:
@@ -133,7 +164,7 @@ def _open(path: Path, padding: dict[str, int], reused: bool) -> Encoded:
             ragged[name] = (values.values.to_numpy(), values.offsets.to_numpy())
         else:
             scalars[name] = values.to_numpy(zero_copy_only=False)
-    return Encoded(ragged, scalars, padding, path, reused)
+    return Encoded(ragged, scalars, padding, path, reused=True)
 
 
 def _from_columns(columns: dict[str, list[Any]], padding: dict[str, int]) -> Encoded:

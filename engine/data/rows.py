@@ -40,7 +40,7 @@ def require_columns(table: Table, columns: dict[str, str], where: str) -> None:
 
 def clean(table: Table, task: Any, bad_rows: str) -> Split:
     """Keep the rows that `task.problem` finds nothing wrong with; the others stop the run or are dropped and counted."""
-    good, problems, dropped = [], [], Counter[str]()
+    good, problems, dropped = [], [], Counter(table.dropped)
     for i, row in enumerate(table.rows):
         problem = task.problem(row)
         if problem is None:
@@ -54,7 +54,12 @@ def clean(table: Table, task: Any, bad_rows: str) -> Split:
         raise InputError(listing(problems) + hint)
     if not good:
         raise InputError(f"{table.places[0].rpartition(':')[0]}: no usable row is left\n{listing(problems)}")
-    return Split(table.take(good) if problems else table, len(table), dropped)
+    return Split(table.take(good) if problems else table, len(table) + sum(table.dropped.values()), dropped)
+
+
+def reasons(split: Split) -> str:
+    """What was dropped: "3 empty text, 1 not JSON"."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in split.dropped.items())
 
 
 def split_off(split: Split, fraction: float, strata: list[Any], seed: int) -> tuple[Split, Split]:

@@ -6,6 +6,8 @@ Loss: the sum over examples of the cross-entropy  -log softmax(logits)[label].  
 Every other task offers the same names as this class; the loop, evaluation and prediction know no more than these.
 """
 
+import re
+import unicodedata
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -15,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.data.read import Row
-from engine.errors import InputError, nearest
+from engine.errors import InputError, nearest, quoted
+
+NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 class Task:
@@ -37,10 +41,11 @@ class Task:
         self.columns = {
             role: columns.get(role, role) for role, need in self.roles.items() if need != "optional" or role in columns
         }
-        self._know(labels or [])
+        self._know([label_name(name) or name for name in labels or []])
 
     def _know(self, labels: list[str]) -> None:
         self.labels = labels
+        self._hints: dict[str, str] = {}
         self.ids = {name: i for i, name in enumerate(labels)}  # what a file may write -> the label's id
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -49,10 +54,10 @@ class Task:
         """Learn the labels from train: as numbers where all are whole numbers, else by the alphabet."""
         found = {name for row in rows if (name := label_name(row.get(self.columns["label"]))) is not None}
         if not self.labels:
-            numbers = all(name.lstrip("-").isdigit() for name in found)
-            self._know(sorted(found, key=int) if numbers else sorted(found))
+            numbers = all(NUMBER.fullmatch(name) for name in found)
+            self._know(sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found))
         if len(found) < 2:
-            only = f"only '{next(iter(found))}'" if found else "none"
+            only = f"only {quoted(next(iter(found)))}" if found else "none"
             raise InputError(f"{source}: column '{self.columns['label']}' holds {only}; classification needs two labels or more")
 
     def adapt(self, rows: list[Row]) -> str | None:
@@ -76,17 +81,27 @@ class Task:
                     return f"{role} is no text", f"column '{name}' holds a {type(text).__name__} ({text!r:.40}), not a text"
                 if not text.strip():
                     return f"empty {role}", f"column '{name}' is empty"
+                if not text.isascii() and _broken(text):
+                    return f"{role} is no text", f"column '{name}' holds half of a surrogate pair, which is no character"
         if target:
             name = self.columns["label"]
+            if isinstance(row.get(name), list | dict | bytes):
+                return "label is no name", f"column '{name}' holds a {type(row[name]).__name__} ({row[name]!r:.40}), not a label"
             label = label_name(row.get(name))
             if label is None:
                 return "missing label", f"column '{name}' has no label"
             if self.labels and label not in self.ids:
                 return (
                     "unknown label",
-                    f"column '{name}': the label '{label}' is not in the training set{nearest(label, self.labels)}",
+                    f"column '{name}': the label {quoted(label)} is not in the training set{self._hint(label)}",
                 )
         return None
+
+    def _hint(self, label: str) -> str:
+        """The nearest known label, for the first 20 unknown ones: comparing each with all costs hours where there are many."""
+        if label not in self._hints and len(self._hints) < 20:
+            self._hints[label] = nearest(label, self.labels)
+        return self._hints.get(label, "")
 
     def text_of(self, row: Row) -> str:
         """The whole input of a row as one text, to find duplicates by."""
@@ -162,12 +177,25 @@ class Task:
         ]
 
 
+def _broken(text: str) -> bool:
+    """Whether a lone surrogate stands in `text`, as the bytes of a command line that are not UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def label_name(value: Any) -> str | None:
-    """A label as it is written in files: 1, 1.0 and "1" are the same one; None where there is none."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    """A label as it is written in files: 1, 1.0 and "1" are the same one, and é is é however it is composed (Unicode NFC).
+
+    None where there is none, and for lists and mappings, which name nothing.
+    """
+    if value is None or isinstance(value, list | dict | bytes) or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return None if value != value else str(int(value)) if value.is_integer() else str(value)
-    return str(value).strip()
+    name = str(value).strip()
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
