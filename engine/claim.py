@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine import disk, lock, runs
-from engine.errors import InputError
+from engine.errors import InputError, RunError
 from engine.recipe import Recipe, load
 from engine.watch import read_log
 
@@ -60,9 +60,12 @@ def own(recipe: Recipe, out: str | None, resume: bool) -> Iterator[Claim]:
                 mine.held.release()
         return
     made, known = not folder.exists(), (folder / lock.NAME).exists()
-    with disk.refusing(folder, 0):
-        disk.make(folder)
-        held = lock.take(folder)
+    try:
+        with disk.refusing(folder, 0):
+            disk.make(folder)
+            held = lock.take(folder)
+    except disk.DiskError as error:
+        raise RunError(f"{error}; nothing was begun, and what is there is as it was") from error
     try:
         yield Claim(recipe, folder, _state(recipe, folder, resume, known), held)
     finally:

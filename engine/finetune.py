@@ -86,6 +86,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     else:
         resume.same_sources(folder, environment)
         progress, log_bytes = resume.go_on(folder, model, optimizer, scaler, say)
+        checkpoint.prune(folder / "checkpoints", recipe.checkpoint.keep)  # it may have been killed after a save, before this
         resume.note(folder, progress.step, resume.drift(folder, environment), say)
     log = Log(folder / "log.jsonl", keep=log_bytes)
     if log_bytes == 0:
