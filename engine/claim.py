@@ -66,12 +66,15 @@ def own(recipe: Recipe, out: str | None, resume: bool) -> Iterator[Claim]:
             held = lock.take(folder)
     except disk.DiskError as error:
         raise RunError(f"{error}; nothing was begun, and what is there is as it was") from error
+    accepted = False
     try:
-        yield Claim(recipe, folder, _state(recipe, folder, resume, known), held)
+        state = _state(recipe, folder, resume, known)
+        accepted = True
+        yield Claim(recipe, folder, state, held)
     finally:
-        unused = not known and not (folder / "recipe.yaml").exists()
-        held.release(forget=unused)
-        if unused and made and not any(folder.iterdir()):
+        empty = {path.name for path in folder.iterdir()} == {lock.NAME}
+        held.release(forget=empty or not (accepted or known))
+        if empty and made:
             with contextlib.suppress(OSError):  # another process has taken it meanwhile
                 folder.rmdir()
 

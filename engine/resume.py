@@ -55,8 +55,8 @@ def go_on(folder: Path, model: Any, optimizer: Any, scaler: Any, say: Callable[[
             disk.tidy(place)
     path = checkpoint.newest(checkpoints, quarantine=True)
     if path is None:
-        saved = any(record["event"] == "saved" for record in read_log(folder / "log.jsonl"))
-        if saved or (folder / "quarantine").exists():
+        saved = (record.get("checkpoint", "") for record in read_log(folder / "log.jsonl"))
+        if any(name.startswith("step-") for name in saved) or (folder / "quarantine").exists():
             raise InputError(f"{folder}: there is no whole checkpoint to resume from; start anew in another folder")
         say("resume  nothing was saved yet: from step 0")
         return Progress(), 0

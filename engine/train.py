@@ -162,6 +162,8 @@ def decide(
             return
         best = judge(progress, settings, scores)
         write({"event": "evaluation", "step": progress.step, "epoch": progress.epoch, "best": best, **scores})
+    if best:
+        save("best")
     if last:
         progress.stopped = "finished"
     elif settings.patience is not None and progress.stale >= settings.patience:
@@ -170,8 +172,6 @@ def decide(
         progress.stopped = "interrupted"
     if end_of_epoch:
         progress.epoch, progress.window = progress.epoch + 1, 0
-    if best:
-        save("best")
     if progress.stopped or due(settings.save_every, progress.step, end_of_epoch, last):
         save("step")
         if not progress.stopped and interrupted():  # it came during the save: nothing is left to be done

@@ -3,12 +3,13 @@
     python forkserver.py FOLDER     jobs as JSON lines on stdin, results as JSON lines on stdout
 
 A job: {"arguments": [...], "out": folder, "plan": {"at": [what, n], "do": ...} or {"after": seconds}}. `what` is
-"operation" (the n-th storage operation in `out`), "forward" (the n-th batch of an evaluation), "encode" (the n-th look of
+"operation" (the n-th storage operation in `out`), "evaluate" (the n-th batch of evaluations), "forward" (the n-th of training), "encode" (the n-th look of
 the tokeniser) or a kind of operation on a path, such as "write:weights.safetensors". The result: the exit status as subprocess has it,
 what the run said, the operations it made.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ def warm(recipe: str) -> None:
 
 def child(job: dict[str, Any], said: int, seen: Path) -> None:
     """One run, in a forked process; ends it."""
+    import torch
     from storage import Operation, Watch, do
 
     from engine import __main__
@@ -53,6 +55,8 @@ def child(job: dict[str, Any], said: int, seen: Path) -> None:
 
     def happens(event: str, operation: Operation | None = None) -> None:
         counts[event] = counts.get(event, 0) + 1
+        if event == "evaluate":
+            log.write("evaluate batch\n")
         if event == what and counts[event] == n + 1:
             do(plan["do"], operation)
 
@@ -65,14 +69,15 @@ def child(job: dict[str, Any], said: int, seen: Path) -> None:
         if ".trash." in operation.path or ".trash." in operation.to:
             happens("prune", operation)
 
-    task: Any = classification.Task
-    for name in ("forward", "encode"):
-
-        def noticed(*given: Any, name: str = name, original: Any = getattr(task, name), **more: Any) -> Any:
-            happens(name)
+    def noticed(name: str, original: Any) -> Any:
+        def call(*given: Any, **more: Any) -> Any:
+            happens("evaluate" if torch.is_inference_mode_enabled() else name)
             return original(*given, **more)
 
-        setattr(task, name, noticed)
+        return call
+
+    for name in ("forward", "encode"):
+        setattr(classification.Task, name, noticed(name, getattr(classification.Task, name)))
     Watch(Path(job["out"]), before).install()
     code = __main__.main(job["arguments"])
     sys.stdout.flush()
@@ -94,10 +99,12 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         time.sleep(job["plan"]["after"])
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
+    lines = seen.read_text().splitlines() if seen.exists() else []
     return {
         "code": os.waitstatus_to_exitcode(status),
         "said": text.read_text(errors="replace"),
-        "operations": seen.read_text().splitlines() if seen.exists() else [],
+        "operations": [line for line in lines if not line.startswith("evaluate")],
+        "evaluations": sum(line.startswith("evaluate") for line in lines),
         "seconds": time.perf_counter() - began,
     }
 
@@ -109,6 +116,8 @@ def main() -> None:
     os.dup2(1, 2)
     os.chdir(folder)
     warm(sys.argv[2])
+    gc.collect()
+    gc.freeze()  # a child's collector then leaves the shared pages alone
     answers.write("ready\n")
     for line in sys.stdin:
         answers.write(json.dumps(run(json.loads(line), folder)) + "\n")

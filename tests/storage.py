@@ -70,7 +70,8 @@ class Watch:
     _replace = _rename
 
     def _mkdir(self, path: Any, *more: Any, **named: Any) -> None:
-        self._seen("mkdir", path)
+        if not os.path.isdir(path):  # makedirs tries what is there
+            self._seen("mkdir", path)
         REAL["mkdir"](path, *more, **named)
 
     def _unlink(self, path: Any, **more: Any) -> None:
@@ -92,7 +93,7 @@ def do(what: str, operation: Operation | None = None) -> None:
         number = getattr(errno, what)
         raise OSError(number, os.strerror(number))
     if what == "half":
-        assert operation and operation.kind == "write"
+        assert operation
         descriptor = REAL["open"](operation.path, os.O_WRONLY | os.O_APPEND)
         REAL["write"](descriptor, operation.data[: len(operation.data) // 2])
         what = "SIGKILL"

@@ -6,6 +6,7 @@ Real processes, real signals. One server imports torch once and forks each run, 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import BASE, make_bert, make_rows, write_jsonl
 
-from engine import checkpoint, disk, find
+from engine import checkpoint, find
 
 SHORT = ["train.max_steps=5", "checkpoint.every=2", "evaluate.every=2", "checkpoint.keep=1"]
 
@@ -29,7 +30,7 @@ class Runs:
         make_bert(folder / "bert", layers=1)
         for name, count, seed in (("train", 48, 1), ("validation", 16, 2), ("test", 16, 3)):
             write_jsonl(folder / f"{name}.jsonl", make_rows(count, seed))
-        settings = "  micro_batch_tokens: 100\ncheckpoint: {every: 2, keep: 2}\nearly_stopping: {monitor: loss}\n"
+        settings = "  micro_batch_tokens: 60\ncheckpoint: {every: 2, keep: 2}\nearly_stopping: {monitor: loss}\n"
         text = BASE.format(model=folder / "bert").replace("batch_size: 16", "batch_size: 8")
         text = text.replace("evaluate: {bootstrap: 50}\n", settings + "evaluate: {bootstrap: 0, every: 3, metrics: [accuracy]}\n")
         (folder / "tiny.yaml").write_text(text)
@@ -128,15 +129,16 @@ def short(runs: Runs) -> dict[str, Any]:
     return runs.finished("short", SHORT)
 
 
-def plan_of(draw: random.Random, kind: str, operations: list[str], seconds: float) -> dict[str, Any]:
+def plan_of(draw: random.Random, kind: str, whole: dict[str, Any]) -> dict[str, Any]:
     """When to die: by the clock, before a storage operation, in the middle of a file, in evaluation, in pruning."""
+    operations = whole["operations"]
     writes = sum(line.startswith("write ") for line in operations)
     prunes = sum(".trash." in line for line in operations)
     return {
-        "time": lambda: {"after": draw.uniform(0, seconds)},
+        "time": lambda: {"after": draw.uniform(0, whole["seconds"])},
         "operation": lambda: {"at": ["operation", draw.randrange(len(operations))], "do": "SIGKILL"},
         "file": lambda: {"at": ["write", draw.randrange(writes)], "do": "half"},
-        "evaluation": lambda: {"at": ["forward", draw.randrange(12)], "do": "SIGKILL"},
+        "evaluation": lambda: {"at": ["evaluate", draw.randrange(whole["evaluations"])], "do": "SIGKILL"},
         "pruning": lambda: {"at": ["prune", draw.randrange(prunes)], "do": "SIGKILL"},
     }[kind]()  # fmt: skip
 
@@ -151,7 +153,7 @@ def test_killed_anywhere_ends_as_never_killed(runs: Runs, whole: dict[str, Any],
     for number in range(count):
         for attempt in range(draw.randint(1, 3)):
             kind = KINDS[number % 5] if attempt == 0 else draw.choice(KINDS)
-            done = runs.run("killed", plan_of(draw, kind, whole["operations"], whole["seconds"]))
+            done = runs.run("killed", plan_of(draw, kind, whole))
             assert done["code"] in (0, -signal.SIGKILL), done["said"]
             kills[kind] += done["code"] != 0
         runs.finished("killed")
@@ -162,45 +164,58 @@ def test_killed_anywhere_ends_as_never_killed(runs: Runs, whole: dict[str, Any],
     assert sum(kills.values()) >= count
 
 
-@pytest.mark.parametrize("causes", [["both"], pytest.param(["EIO", "ENOSPC"], marks=pytest.mark.slow)])
-def test_a_refusing_disk_is_an_error_that_says_all_and_costs_nothing(
-    runs: Runs, short: dict[str, Any], causes: list[str]
-) -> None:
-    """EIO and ENOSPC at every storage operation of a run (in turn; both at each in the slow suite)."""
-    for cause in causes:
-        for n, operation in enumerate(short["operations"]):
-            name = ("EIO", "ENOSPC")[n % 2] if cause == "both" else cause
-            done = runs.run("refused", {"at": ["operation", n], "do": name}, SHORT)
-            assert done["code"] == 1, (operation, done["said"])
-            error = next(line for line in done["said"].splitlines() if line.startswith("error: "))
-            text = {"EIO": "Input/output error", "ENOSPC": "No space left on device"}[name]
-            assert str(runs.folder / "refused") in error, (operation, error)
-            assert f"cannot be written: {text}; " in error, (operation, error)
-            assert " bytes needed, " in error
-            assert " free; " in error
-            assert "Traceback" not in done["said"]
-            folder = runs.folder / "refused" / "checkpoints"
-            good = checkpoint.newest(folder)
-            assert f"the last good checkpoint is {good} (step {int(good.name[5:])})" in error if good else (
-                "no checkpoint was saved yet" in error or "nothing was begun" in error
-            ), error  # fmt: skip
-            runs.finished("refused", SHORT)
-            runs.equal("refused", "short")
-            shutil.rmtree(runs.folder / "refused")
+def chosen(operations: list[str], every: bool) -> list[tuple[int, str]]:
+    """(operation, error) to inject: all of both, or in turn at a sample that has each kind of operation and of file."""
+    if every:
+        return [(n, cause) for n in range(len(operations)) for cause in ("EIO", "ENOSPC")]
+    draw, kinds = random.Random(7), {}
+    for n in draw.sample(range(len(operations)), len(operations)):
+        kind, path = operations[n].split(" ", 1)
+        kinds[kind, re.sub(r"\d+|\.(new|trash)\.", "", Path(path).name)] = n
+    kept = {kind: n for (kind, _), n in kinds.items()} | {name: n for (_, name), n in kinds.items()}
+    return [(n, ("EIO", "ENOSPC")[i % 2]) for i, n in enumerate(sorted(set(kept.values())))]
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_refusing_disk_is_an_error_that_says_all_and_costs_nothing(runs: Runs, short: dict[str, Any], every: bool) -> None:
+    """EIO and ENOSPC at storage operations of a run: every one in the slow suite."""
+    plans = chosen(short["operations"], every)
+    for n, cause in plans:
+        operation, folder = short["operations"][n], runs.folder / "refused"
+        done = runs.run("refused", {"at": ["operation", n], "do": cause}, SHORT)
+        assert done["code"] == 1, (operation, done["said"])
+        error = next(line for line in done["said"].splitlines() if line.startswith("error: "))
+        text = {"EIO": "Input/output error", "ENOSPC": "No space left on device"}[cause]
+        assert re.search(rf"{folder}\S*: cannot be written: {text}; [\d,]+ bytes needed, [\d,]+ free; ", error), (
+            operation,
+            error,
+        )
+        assert "Traceback" not in done["said"]
+        good = checkpoint.newest(folder / "checkpoints")
+        if good:
+            assert f"the last good checkpoint is {good} (step {int(good.name[5:])})" in error, (operation, error)
+        else:
+            assert "no checkpoint was saved yet" in error or "nothing was begun" in error, (operation, error)
+        runs.finished("refused", SHORT)
+        runs.equal("refused", "short")
+        shutil.rmtree(folder)
+    print(f"{len(plans)} injected errors at {len(short['operations'])} operations")
+    assert len({short["operations"][n].split()[0] for n, _ in plans}) >= 7
 
 
 SIGNALS = {  # where it comes -> (plan, exit code, step of the checkpoint it leaves)
-    "evaluation": (["forward", 3], "SIGTERM", 143, 6),
+    "evaluation": (["evaluate", 3], "SIGTERM", 143, 6),
     "a save's files": (["write:optimizer.safetensors", 1], "SIGTERM", 143, 4),
     "a best's files": (["write:weights.safetensors", 1], "SIGINT", 130, 3),
     "the log": (["write:log.jsonl", 9], "SIGINT", 130, None),
-    "final scores": (["forward", 9], "SIGTERM", 143, 12),
+    "final scores": (["evaluate", 9], "SIGTERM", 143, 12),
 }
 
 
 @pytest.mark.parametrize("place", SIGNALS)
 def test_a_signal_anywhere_saves_ends_and_goes_on_identically(runs: Runs, whole: dict[str, Any], place: str) -> None:
     at, name, code, step = SIGNALS[place]
+    shutil.rmtree(runs.folder / "signalled", ignore_errors=True)
     done = runs.run("signalled", {"at": at, "do": name})
     assert done["code"] == code, done["said"]
     assert "--resume" in done["said"]
@@ -210,4 +225,3 @@ def test_a_signal_anywhere_saves_ends_and_goes_on_identically(runs: Runs, whole:
     assert not (runs.folder / "signalled" / "metrics.json").exists()
     runs.finished("signalled")
     runs.equal("signalled", "whole")
-    shutil.rmtree(runs.folder / "signalled")
