@@ -136,15 +136,16 @@ def newest(folder: Path, quarantine: bool = False) -> Path | None:
 
 def _set_aside(path: Path, problem: str) -> None:
     """Move a bad checkpoint to quarantine/ beside checkpoints/, and say so."""
+    if not path.exists():  # best weights that several steps need, and that went with the first of them
+        return
     target = path.parent.parent / "quarantine" / path.name
     with disk.refusing(target, 0):
         disk.make(target.parent)
         if target.exists():
             disk.remove(target)
-        if path.exists():
-            os.rename(path, target)
-            disk.sync_directory(target.parent)
-            disk.sync_directory(path.parent)
+        os.rename(path, target)
+        disk.sync_directory(target.parent)
+        disk.sync_directory(path.parent)
     print(f"warning: {path}: {problem}; moved to {target}")
 
 

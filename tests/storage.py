@@ -26,7 +26,7 @@ class Operation:
     path: str
     to: str = ""  # of a rename
     data: bytes = b""  # of a write
-    size: int = 0  # of an ftruncate
+    size: int = 0  # of an ftruncate; the flags of an open
 
 
 class Watch:
@@ -52,7 +52,7 @@ class Watch:
 
     def _open(self, path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            self._seen("open", path)
+            self._seen("open", path, size=flags)
         return int(REAL["open"](path, flags, mode, **more))
 
     def _write(self, descriptor: int, data: Any) -> int:

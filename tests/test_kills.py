@@ -225,3 +225,22 @@ def test_a_signal_anywhere_saves_ends_and_goes_on_identically(runs: Runs, whole:
     assert not (runs.folder / "signalled" / "metrics.json").exists()
     runs.finished("signalled")
     runs.equal("signalled", "whole")
+
+
+def test_a_signal_while_tokenising_leaves_nothing(runs: Runs) -> None:
+    done = runs.run("tokenising", {"at": ["encode", 0], "do": "SIGTERM"}, ["data.max_length=40"])  # not in the cache
+    assert done["code"] == 143, done["said"]
+    assert "stopped before training began; nothing was written" in done["said"]
+    assert not (runs.folder / "tokenising").exists()
+
+
+@pytest.mark.parametrize("what", ["evaluate", "write:optimizer.safetensors"])
+def test_a_second_signal_ends_at_once_with_the_last_checkpoint_good(runs: Runs, whole: dict[str, Any], what: str) -> None:
+    done = runs.run(f"twice-{what[:5]}", {"at": [what, 3], "do": "SIGINT+SIGINT"})
+    out = f"twice-{what[:5]}"
+    assert done["code"] == 130, done["said"]
+    good = checkpoint.newest(runs.folder / out / "checkpoints")
+    assert good
+    assert good.name in done["said"] or not (runs.folder / out / "metrics.json").exists()
+    runs.finished(out)
+    runs.equal(out, "whole")
