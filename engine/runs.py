@@ -1,7 +1,7 @@
 """The run folder: made when a run begins, opened again when someone uses it.
 
     recipe.yaml  environment.json  log.jsonl  metrics.json  predictions/  checkpoints/  model/  adapter/  layers/
-    report.html  plots/
+    report.html  plots/  .lock (its owner, engine/lock.py)  quarantine/ (damaged checkpoints, if there ever were any)
 
 `layers/` holds a copy of the source of every custom layer. Opening a run rebuilds them, which runs that code; so it is
 run only when it is, byte for byte, the file that the recipe names on this machine, or with --allow-code.
