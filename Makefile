@@ -14,6 +14,12 @@ endef
 $(foreach name,$(VALUES),$(eval $(call literally,$(name))))
 export $(VALUES)
 
+# RECIPE is a name in recipes/ or a path: letters, digits and _ . / - alone. Anything else ends make before a shell starts.
+ALLOWED := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z 0 1 2 3 4 5 6 7 8 9 _ . / -
+left := $(value RECIPE)
+$(foreach c,$(ALLOWED),$(eval left := $$(subst $(c),,$$(left))))
+$(if $(left)$(filter -%,$(value RECIPE)),$(error RECIPE is neither a plain name nor a recipe path (letters, digits, _ . / -): $(value RECIPE)))
+
 .DEFAULT_GOAL := help
 .PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow laws bench bench-methods lint clean
 

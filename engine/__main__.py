@@ -104,10 +104,13 @@ def finetune(options: Any) -> int:
 
     interrupt = Interrupt().install()  # before the heavy imports: a signal must find someone home
     recipe = _recipe(options)
-    from engine.finetune import finetune as run
+    from engine.claim import own
 
     try:
-        return run(recipe, options.out, resume=options.resume, interrupted=interrupt).code
+        with own(recipe, options.out, options.resume) as owned:  # whose folder it is, too
+            from engine.finetune import finetune as run
+
+            return run(recipe, claim=owned, interrupted=interrupt).code
     except KeyboardInterrupt:  # a loop outside training saw the flag
         print("stopped before training began; nothing was written", file=sys.stderr)
         return interrupt.code or 130

@@ -10,14 +10,13 @@ to a base that is already open is not kept twice.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine import adapters, find, models, runs, swap
+from engine import adapters, disk, find, models, runs, swap
 from engine.errors import InputError, RunError
 
 WORDS = ("the", "a fine day", "no", "it was not what they had been told, and nobody said why", "42", "yes; and more")
@@ -89,8 +88,8 @@ def merge_run(run: str, out: str | None, *, allow_code: bool = False) -> None:
         raise InputError(f"--out {folder}: it exists and is not empty")
     batch = probe(one.tokenizer, torch.device("cpu"))
     apart = adapters.merge(one.model, method, batch)
-    hidden = folder.with_name(f".{folder.name}.writing")
-    try:
+    needed = sum(tensor.nbytes for tensor in one.model.state_dict().values())
+    with disk.refusing(folder, needed), disk.whole(folder) as hidden:
         one.model.save_pretrained(hidden)
         one.tokenizer.save_pretrained(hidden)
         again = (
@@ -98,10 +97,6 @@ def merge_run(run: str, out: str | None, *, allow_code: bool = False) -> None:
         )
         with torch.inference_mode():
             if not torch.equal(again(**batch).logits, one.model(**batch).logits):
-                raise RunError(f"{hidden}: the written model computes something else than the one in memory; nothing was kept")
-        if folder.exists():
-            folder.rmdir()
-        hidden.rename(folder)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+                raise RunError(f"{folder}: the written model computes something else than the one in memory; nothing was kept")
+        disk.sync_tree(hidden)
     print(f"{folder}: merged and unmerged outputs are {apart:.1e} apart on a probe batch; read back, it computes the same")

@@ -3,17 +3,19 @@
     checkpoints/step-00000120/   to go on: weights, optimizer, state     checkpoints/best-00000100/   the best weights
         weights.safetensors      what trains, and the buffers but for quantised weights, which the base makes again
         optimizer.safetensors    AdamW's averages, by parameter name
-        state.json               Progress, learning rates, scaler
+        state.json               Progress, learning rates, scaler, the log's length
         manifest.json            sha256 and size of each file, written last
 
-Protocol: write into a hidden directory, fsync every file, manifest last, fsync the directory, rename, fsync the parent.
-A crash at any point leaves either the new checkpoint or the one before it. Loading checks every hash before it uses
-a byte, takes the newest that verifies and moves the others to quarantine/. Nothing is ever pickled.
+Protocol: write into a hidden directory, fsync every file, manifest last, fsync the directory, rename, fsync the parent;
+only then is it a save, and only then may an older one go. A crash at any point leaves the new checkpoint or the one
+before it. Loading checks every hash before it uses a byte, takes the newest that verifies, with the best weights that
+it needs, and moves the others to quarantine/. Nothing is ever pickled.
 """
 
+import hashlib
 import json
 import os
-import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from engine import disk
 from engine.errors import RunError
 from engine.freeze import ever_trains
 from engine.layers.quantized import quantized
 from engine.models import sha256
 
 MANIFEST = "manifest.json"
+SMALL = 1 << 20  # bytes allowed for headers, state.json and the manifest when free space is checked
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -47,34 +51,42 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def write(folder: Path, name: str, model: nn.Module, progress: Any, optimizer: Any = None, scaler: Any = None) -> Path:
-    """Save checkpoints/NAME; with an optimizer it is one to go on from. Raises RunError when the disk refuses."""
-    final, hidden = folder / name, folder / f".{name}.{os.getpid()}"
-    state: dict[str, Any] = {"progress": asdict(progress)}
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-        files = {"weights.safetensors": save({k: v.cpu().contiguous() for k, v in _untied(weights(model)).items()})}
-        if optimizer is not None:
-            files["optimizer.safetensors"] = save({k: v.cpu().contiguous() for k, v in optimizer_state(optimizer).items()})
-            state["groups"] = [{k: g[k] for k in ("names", "lr", "initial_lr")} for g in optimizer.param_groups]
-            state["scaler"] = scaler.state_dict() if scaler else {}
-        files["state.json"] = json.dumps(state, indent=1).encode()
-        for file, content in files.items():
-            _write_synced(hidden / file, content)
-        manifest = {file: {"sha256": sha256(hidden / file), "bytes": len(content)} for file, content in files.items()}
-        _write_synced(hidden / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_directory(hidden)
-        if final.exists():
-            shutil.rmtree(final)
-        hidden.rename(final)
-        _sync_directory(folder)
-    except OSError as error:
-        shutil.rmtree(hidden, ignore_errors=True)
-        last = newest(folder)
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise RunError(f"{final}: saving at step {progress.step} failed: {error.strerror or error}; {kept}") from error
+def write(
+    folder: Path, name: str, model: nn.Module, progress: Any, optimizer: Any = None, scaler: Any = None, log_bytes: int = 0
+) -> Path:
+    """Save checkpoints/NAME; with an optimizer it is one to go on from. Raises disk.DiskError when the disk refuses.
+
+    When it returns, the checkpoint survives a power loss. `log_bytes` is the log's length that belongs to this step.
+    """
+    final = folder / name
+    tensors = {"weights.safetensors": _untied(weights(model))}
+    state: dict[str, Any] = {"progress": asdict(progress), "log_bytes": log_bytes}
+    if optimizer is not None:
+        tensors["optimizer.safetensors"] = optimizer_state(optimizer)
+        state["groups"] = [{k: g[k] for k in ("names", "lr", "initial_lr")} for g in optimizer.param_groups]
+        state["scaler"] = scaler.state_dict() if scaler else {}
+    needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + SMALL
+    with disk.refusing(final, needed):
+        disk.make(folder)
+        disk.require(folder, needed)
+        with disk.whole(final) as hidden:
+            _write_files(hidden, _contents(tensors, state))
     return final
+
+
+def _contents(tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """File name and bytes, one at a time: only one file's copy is in memory."""
+    for file, group in tensors.items():
+        yield file, save({name: tensor.cpu().contiguous() for name, tensor in group.items()})
+    yield "state.json", json.dumps(state, indent=1).encode()
+
+
+def _write_files(folder: Path, contents: Iterator[tuple[str, bytes]]) -> None:
+    """Every file synced, then the manifest: where a manifest stands, all that it names was written before it."""
+    manifest = {}
+    for file, content in contents:
+        manifest[file] = {"sha256": disk.write(folder / file, content), "bytes": len(content)}
+    disk.write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,60 +97,95 @@ def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in first.values()}
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        manifest = _manifest(path)
         for file, facts in manifest.items():
             if "/" in file or not (path / file).is_file():
                 return f"{file} is missing"
-            if (path / file).stat().st_size != facts["bytes"] or sha256(path / file) != facts["sha256"]:
-                return f"{file} is damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: {error}"
-    return None if "weights.safetensors" in manifest and "state.json" in manifest else "files are missing from the manifest"
+            if (path / file).stat().st_size != facts["bytes"]:
+                return f"{file} is damaged: {(path / file).stat().st_size:,} bytes, not {facts['bytes']:,}"
+            if (found := sha256(path / file)) != facts["sha256"]:
+                return f"{file} is damaged: sha256 {found[:16]}..., not {facts['sha256'][:16]}..."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is damaged: {error}"
+    missing = _parts(path) - manifest.keys()
+    return f"{min(missing)} is missing from the manifest" if missing else None
+
+
+def _parts(path: Path) -> set[str]:
+    """The files that a checkpoint of this name has."""
+    return {"weights.safetensors", "state.json"} | ({"optimizer.safetensors"} if path.name.startswith("step-") else set())
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / MANIFEST).read_bytes().decode("utf-8")))
 
 
 def newest(folder: Path, quarantine: bool = False) -> Path | None:
-    """The newest step-* that verifies; bad ones are moved to quarantine/ beside it when asked."""
+    """The newest step-* that verifies, as do the best weights it needs; bad ones are moved to quarantine/ when asked."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = verify(path)
+        bad, problem = path, verify(path)
+        if problem is None and (best := best_of(path)):
+            bad, problem = best, verify(best)
         if problem is None:
             return path
         if quarantine:
-            target = folder.parent / "quarantine" / path.name
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
-            print(f"warning: {path}: {problem}; moved to {target}")
+            for one in dict.fromkeys((bad, path)):
+                _set_aside(one, f"{bad.name}/{problem}" if one == bad else f"it needs {bad.name}")
     return None
 
 
+def _set_aside(path: Path, problem: str) -> None:
+    """Move a bad checkpoint to quarantine/ beside checkpoints/, and say so."""
+    if not path.exists():  # best weights that several steps need, and that went with the first of them
+        return
+    target = path.parent.parent / "quarantine" / path.name
+    with disk.refusing(target, 0):
+        disk.make(target.parent)
+        if target.exists():
+            disk.remove(target)
+        os.rename(path, target)
+        disk.sync_directory(target.parent)
+        disk.sync_directory(path.parent)
+    print(f"warning: {path}: {problem}; moved to {target}")
+
+
+def best_of(path: Path) -> Path | None:
+    """The best-* whose weights a step-* would end with, if it watches a metric."""
+    progress = read_state(path)["progress"]
+    return None if progress["best"] is None else path.parent / f"best-{progress['best_step']:08d}"
+
+
+def last_good(folder: Path) -> str:
+    """The end of an error message: what a run can go on from."""
+    path = newest(folder)
+    if path is None:
+        return "no checkpoint was saved yet"
+    return f"the last good checkpoint is {path} (step {read_state(path)['progress']['step']}); go on with --resume"
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "state.json").read_text("utf-8")))
+    """state.json, if it is what was saved; RunError otherwise."""
+    return dict(json.loads(_checked(path, "state.json")))
+
+
+def _checked(path: Path, file: str) -> bytes:
+    """A file's bytes, the very ones whose hash was compared."""
+    content = (path / file).read_bytes() if (path / file).is_file() else b""
+    try:
+        expected = _manifest(path)[file]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: {MANIFEST} is damaged: {error}") from error
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise RunError(f"{path}: {file} is damaged or missing")
+    return content
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights into the model; every tensor must have its place."""
-    problem = verify(path)
-    if problem:
-        raise RunError(f"{path}: {problem}")
-    saved = load((path / "weights.safetensors").read_bytes())
+    saved = load(_checked(path, "weights.safetensors"))
     expected = _untied(weights(model))
     if saved.keys() != expected.keys():
         odd = sorted(saved.keys() ^ expected.keys())
@@ -150,7 +197,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
     """Put AdamW's averages, learning rates and the scaler back."""
-    saved = load((path / "optimizer.safetensors").read_bytes())
+    saved = load(_checked(path, "optimizer.safetensors"))
     state = read_state(path)
     for group, was in zip(optimizer.param_groups, state["groups"], strict=True):
         if group["names"] != was["names"]:
@@ -167,10 +214,18 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: Any) ->
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest step-* and the best-* that they or the newest best need."""
-    steps = sorted(folder.glob("step-*"), reverse=True)
-    for path in steps[keep:]:
-        shutil.rmtree(path)
-    needed = {f"best-{read_state(p)['progress']['best_step']:08d}" for p in steps[:keep]}
-    for path in sorted(folder.glob("best-*"), reverse=True)[1:]:
-        if path.name not in needed:
-            shutil.rmtree(path)
+    steps, best = (sorted(folder.glob(f"{kind}-*"), reverse=True) for kind in ("step", "best"))
+    with disk.refusing(folder, 0):
+        for path in steps[keep:]:
+            disk.remove(path)
+        needed = {_needs(path) for path in steps[:keep]} if best[1:] else set()
+        for path in best[1:]:
+            if path not in needed:
+                disk.remove(path)
+
+
+def _needs(path: Path) -> Path | None:
+    try:
+        return best_of(path)
+    except RunError:  # damaged: it needs nothing, and goes into quarantine when a run would go on from it
+        return None

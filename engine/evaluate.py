@@ -33,7 +33,7 @@ def outputs(
     autocast: Any,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """The task's raw outputs for every example, in the examples' order."""
+    """The task's raw outputs for every example, in the examples' order. Raises KeyboardInterrupt once `interrupted` says so."""
     made: np.ndarray | None = None
     with seeds.untouched(), eval_mode(model), torch.inference_mode():
         for rows, batch in in_order(encoded, tokens):

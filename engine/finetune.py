@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import adapters, checkpoint, evaluate, freeze, metrics, optim, runs
+from engine import adapters, checkpoint, disk, evaluate, freeze, metrics, optim, resume, runs
+from engine.claim import Claim, own
 from engine.data import rows, windows
-from engine.errors import InputError
+from engine.errors import RunError
 from engine.fast import kernels
 from engine.interrupt import Interrupt
 from engine.prepare import Prepared, prepare, summed, tell
+from engine.progress import Progress, Settings
 from engine.recipe import Recipe
-from engine.train import Progress, Settings, train
-from engine.watch import Bar, Log
+from engine.train import train
+from engine.watch import Bar, Log, read_log
 
 EVALUATION_TOKENS = 4  # evaluation keeps no activations, so its batches may be this many times larger
 
@@ -45,31 +47,48 @@ def finetune(
     out: str | None = None,
     *,
     resume: bool = False,
+    claim: Claim | None = None,
     say: Callable[[str], None] = tell,
     interrupted: Interrupt | None = None,
 ) -> Result:
-    """Train, keep the best, score, report. Returns the run folder and its metrics."""
-    interrupt = interrupted or Interrupt()
-    began = time.perf_counter()
-    recipe = adapters.started(recipe)
-    folder = _resumed_folder(recipe, out) if resume else None
-    if out and not resume:
-        runs.check_free(out)
-    ready = prepare(recipe, say, interrupt, resumed=resume)
+    """Train, keep the best, score, report. Returns the run folder and its metrics.
+
+    `claim` is the owned run folder, if the caller has claimed it already. A finished run is only told again. Raises
+    InputError, or RunError: the folder is another process's, the disk refuses, the numbers are not finite.
+    """
+    with contextlib.nullcontext(claim) if claim else own(recipe, out, resume) as owned:
+        try:
+            return told_again(owned.folder, say) if owned.state == "finished" else _run(owned, say, interrupted or Interrupt())
+        except disk.DiskError as error:
+            good = checkpoint.last_good(owned.folder / "checkpoints") if owned.folder else "nothing was begun"
+            raise RunError(f"{error}; {good}") from error
+
+
+def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Result:
+    """The straight line."""
+    recipe, began = owned.recipe, time.perf_counter()
+    going_on = owned.folder is not None and any((owned.folder / "checkpoints").glob("step-*"))
+    ready = prepare(recipe, say, interrupt, resumed=going_on)
     model, task = ready.loaded.model, ready.task
 
     # optimizer and progress
     t = recipe.train
     optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, ready.rates), t.learning_rate, t.betas, t.eps)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
-    progress = Progress()
-    if folder is None:
-        folder = runs.create(recipe, out)
-        m, source = recipe.model, ready.loaded.source
-        about = {"name": m.name, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
-        sources = {name: digest for split in ready.splits.values() for name, digest in split.table.sources.items()}
-        runs.write_start(folder, recipe, runs.environment(recipe.name, str(ready.device), sources, about, recipe.seed))
-        log = Log(folder / "log.jsonl")
+    m, source = recipe.model, ready.loaded.source
+    about = {"name": m.name, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
+    sources = {name: digest for split in ready.splits.values() for name, digest in split.table.sources.items()}
+    environment = runs.environment(recipe, str(ready.device), sources, about)
+    folder, progress, log_bytes = owned.begin(), Progress(), 0
+    if owned.state == "new":
+        runs.write_start(folder, recipe, environment)
+    else:
+        resume.same_sources(folder, environment)
+        progress, log_bytes = resume.go_on(folder, model, optimizer, scaler, say)
+        checkpoint.prune(folder / "checkpoints", recipe.checkpoint.keep)  # it may have been killed after a save, before this
+        resume.note(folder, progress.step, resume.drift(folder, environment), say)
+    log = Log(folder / "log.jsonl", keep=log_bytes)
+    if log_bytes == 0:
         log({"event": "data", "splits": ready.facts})
         log({"event": "model", **about, "coverage": ready.coverage, "head": ready.head, "swap": summed(ready.swapped)})
         plan = windows.describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
@@ -77,29 +96,33 @@ def finetune(
         log({"event": "plan", **how_fast, **plan})
         for note in ready.notes:
             log({"event": "note", "note": note})
-    else:
-        progress = _go_on(folder, model, optimizer, scaler, say)
-        log = Log(folder / "log.jsonl", keep_until=progress.step)
-        log({"event": "resumed", "step": progress.step})
     say(f"run     {folder}")
 
     # train
     checkpoints = folder / "checkpoints"
     autocast = optim.autocast(ready.precision, ready.device)
-    how: dict[str, Any] = {"tokens": ready.windows.tokens * EVALUATION_TOKENS, "device": ready.device, "autocast": autocast}
+    how: dict[str, Any] = {
+        "tokens": ready.windows.tokens * EVALUATION_TOKENS, "device": ready.device, "autocast": autocast, "interrupted": interrupt,
+    }  # fmt: skip
 
     def score(name: str) -> evaluate.Scored:
         made = evaluate.outputs(model, task, ready.encoded[name], **how)
         return evaluate.score(task, made, ready.encoded[name].scalars["labels"], ready.metrics)
+
+    def validate() -> dict[str, float] | None:
+        try:
+            return score("validation").scores
+        except KeyboardInterrupt:  # evaluation saw the flag
+            return None
 
     def save(kind: str) -> None:
         name = f"{kind}-{progress.step:08d}"
         if kind == "best":
             checkpoint.write(checkpoints, name, model, progress)
         else:
-            checkpoint.write(checkpoints, name, model, progress, optimizer, scaler)
+            checkpoint.write(checkpoints, name, model, progress, optimizer, scaler, log.sync())
             checkpoint.prune(checkpoints, recipe.checkpoint.keep)
-        log({"event": "saved", "step": progress.step, "checkpoint": name})
+        log(saved(name, progress))
 
     bar = Bar(ready.steps, progress.step, recipe.train.epochs, ready.windows.per_epoch)
     stop = recipe.early_stopping
@@ -110,31 +133,38 @@ def finetune(
         patience=stop.patience if stop else None, min_delta=stop.min_delta if stop else 0.0,
     )  # fmt: skip
 
+    if resume.was_due(progress, settings):  # the line after the part of the log that was kept
+        log(saved(f"step-{progress.step:08d}", progress))
+    resume.reopen(progress, settings)
+
     def write(record: dict[str, Any]) -> None:
         log(record)
         bar(record)
 
     with kernels.fast_float32(ready.device) as products:
-        if products:
+        if products and log_bytes == 0:
             log({"event": "kernels", "found": products})
         with contextlib.closing(bar):
             train(
                 model, task, ready.windows, optimizer, scaler,
                 optim.schedule(recipe.train.schedule, recipe.train.warmup, ready.steps), lambda step: freeze.thaw(model, step),
-                settings, progress,
-                device=ready.device, autocast=autocast, evaluate=lambda: score("validation").scores, save=save, write=write,
+                settings, progress, device=ready.device, autocast=autocast, evaluate=validate, save=save, write=write,
                 interrupted=interrupt,
             )  # fmt: skip
         if progress.stopped == "interrupted":
             say(f"stopped at step {progress.step} of {ready.steps}; go on with: --out {folder} --resume")
-            return Result(folder, progress, {}, interrupt.code)
+            return Result(folder, progress, {}, interrupt.code or 130)
 
         # best weights, final scores, by the same kernels
         best_step = progress.step
         if stop and progress.best is not None:
             best_step = progress.best_step
             checkpoint.load_weights(checkpoints / f"best-{best_step:08d}", model)
-        final = {name: score(name) for name in ("validation", "test") if name in ready.encoded}
+        try:
+            final = {name: score(name) for name in ("validation", "test") if name in ready.encoded}
+        except KeyboardInterrupt:
+            say(f"stopped after training, before the final scores; go on with: --out {folder} --resume")
+            return Result(folder, progress, {}, interrupt.code or 130)
 
     # what is left behind
     results: dict[str, Any] = {"train": {"loss": progress.loss_sum / max(1, progress.items)}}
@@ -177,56 +207,35 @@ def summary(results: dict[str, Any], names: list[str]) -> list[str]:
 
 def write_predictions(folder: Path, name: str, split: rows.Split, task: Any, scored: evaluate.Scored, labels: np.ndarray) -> None:
     """predictions/SPLIT.jsonl: one object per row in the file's order."""
-    path = folder / "predictions" / f"{name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for i, (row, made) in enumerate(zip(split.table.rows, task.predictions(scored.outputs), strict=True)):
-            gold = task.labels[int(labels[i])]
-            line = {**row, "label": gold, **made, "loss": float(scored.losses[i])}
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    lines = []
+    for i, (row, made) in enumerate(zip(split.table.rows, task.predictions(scored.outputs), strict=True)):
+        line = {**row, "label": task.labels[int(labels[i])], **made, "loss": float(scored.losses[i])}
+        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    with disk.refusing(folder, 0):
+        disk.make(folder / "predictions")
+    disk.replace(folder / "predictions" / f"{name}.jsonl", "".join(lines).encode())
 
 
-def _resumed_folder(recipe: Recipe, out: str | None) -> Path:
-    """The folder to go on in; another recipe than the one it was begun with is an error that lists what differs."""
-    from engine.recipe import load
-
-    folder = runs.locate(out or str(Path("runs") / recipe.name))
-    then, now = load(str(folder / "recipe.yaml")).resolved(), recipe.resolved()
-    free = {
-        ("train", "epochs"),
-        ("train", "max_steps"),
-        ("early_stopping", "patience"),
-        ("checkpoint", "keep"),
-        ("data", "cache"),
-    }
-    changes = []
-    for group, values in now.items():
-        if isinstance(values, dict) and isinstance(then[group], dict):
-            changes += [
-                f"{group}.{k}: {then[group].get(k)} -> {v}"
-                for k, v in values.items()
-                if then[group].get(k) != v and (group, k) not in free
-            ]
-        elif values != then[group]:
-            changes.append(f"{group}: {then[group]} -> {values}")
-    if changes:
-        raise InputError(
-            f"{folder}: --resume needs the recipe that this run was begun with; it differs in\n  " + "\n  ".join(changes)
-        )
-    return folder
+def saved(name: str, progress: Progress) -> dict[str, Any]:
+    """The log's line about a checkpoint that is safe on the disk."""
+    return {"event": "saved", "step": progress.step, "checkpoint": name}
 
 
-def _go_on(folder: Path, model: Any, optimizer: Any, scaler: Any, say: Callable[[str], None]) -> Progress:
-    path = checkpoint.newest(folder / "checkpoints", quarantine=True)
-    if path is None:
-        raise InputError(f"{folder}: there is no whole checkpoint to resume from; start anew in another folder")
-    checkpoint.load_weights(path, model)
-    checkpoint.load_optimizer(path, optimizer, scaler)
-    progress = Progress(**checkpoint.read_state(path)["progress"])
-    if progress.stopped == "interrupted":
-        progress.stopped = ""
-    say(f"resume  {path} (step {progress.step})")
-    return progress
+def told_again(folder: Path | None, say: Callable[[str], None]) -> Result:
+    """The result of a run that is finished."""
+    from engine import report
+
+    assert folder is not None, "a run without a folder cannot be finished"
+    results = json.loads((folder / "metrics.json").read_text("utf-8"))
+    page = folder / "report.html"
+    if not page.exists() or page.stat().st_mtime_ns < (folder / "metrics.json").stat().st_mtime_ns:
+        report.write(folder)  # the run was killed before its last line
+    plan = next(record for record in read_log(folder / "log.jsonl") if record["event"] == "plan")
+    say(f"run     {folder}: finished already, {results['steps']} steps; name another folder for a new run")
+    for line in summary(results, plan["metrics"]):
+        say(line)
+    say(f"report  {page}")
+    return Result(folder, Progress(step=results["steps"], best_step=results["best_step"], stopped=results["stopped"]), results)
 
 
 def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Log) -> None:
@@ -234,14 +243,20 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Log
     from engine import card
 
     model, recipe, method = ready.loaded.model, ready.recipe, ready.method
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     if ready.own:
         base = {"name": recipe.model.name, "revision": recipe.model.revision, "task_type": ready.task.peft_type}
-        adapters.save(model, folder / "adapter", method, recipe.tune, ready.head, ready.own, base)
+        with disk.refusing(folder / "adapter", needed), disk.whole(folder / "adapter") as hidden:
+            adapters.save(model, hidden, method, recipe.tune, ready.head, ready.own, base)
+            disk.sync_tree(hidden)
     if hasattr(method, "merge"):
         apart = adapters.merge(model, method, ready.probe())
         log({"event": "merged", "apart": apart})
     keeps = bool(recipe.swap) or getattr(method, "STAYS", False)
     model.config.name_or_path = recipe.model.name
-    model.save_pretrained(folder / "model")
-    ready.loaded.tokenizer.save_pretrained(folder / "model")
-    (folder / "model" / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics, keeps), "utf-8")
+    with disk.refusing(folder / "model", needed), disk.whole(folder / "model") as hidden:
+        disk.require(folder, needed)
+        model.save_pretrained(hidden)
+        ready.loaded.tokenizer.save_pretrained(hidden)
+        (hidden / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics, keeps), "utf-8")
+        disk.sync_tree(hidden)

@@ -11,6 +11,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from engine import disk
 from engine.errors import plain
 from engine.watch import read_log
 
@@ -34,7 +35,8 @@ def write(folder: Path) -> Path:
     for record in log:
         by_event.setdefault(record["event"], []).append(record)
     plots = folder / "plots"
-    plots.mkdir(exist_ok=True)
+    with disk.refusing(plots, 0):
+        disk.make(plots)
     figures = {"loss": _loss(by_event, results["best_step"])}
     if len(by_event.get("evaluation", [])) > 0:
         figures["metrics"] = _metrics(by_event["evaluation"], results["best_step"])
@@ -46,7 +48,9 @@ def write(folder: Path) -> Path:
         figures["confidence"] = _confidence(rows)
     images = {}
     for name, figure in figures.items():
-        figure.savefig(plots / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+        disk.replace(plots / f"{name}.png", buffer.getvalue())
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         images[name] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -59,10 +63,10 @@ def write(folder: Path) -> Path:
         notes=[n["note"] for n in by_event.get("note", [])], kernels=[k["found"] for k in by_event.get("kernels", [])],
         seconds=by_event.get("finished", [{}])[-1].get("seconds"), headline=by_event["plan"][0]["metrics"] if final else [],
         skipped=by_event.get("skipped", []),
-        command=" ".join(environment["command"]), resumed=by_event.get("resumed", []),
+        command=" ".join(environment["command"]), resumed=environment.get("resumed", []),
     )  # fmt: skip
     path = folder / "report.html"
-    path.write_text(page, "utf-8")
+    disk.replace(path, page.encode())
     return path
 
 

@@ -1,7 +1,7 @@
 """The run folder: made when a run begins, opened again when someone uses it.
 
     recipe.yaml  environment.json  log.jsonl  metrics.json  predictions/  checkpoints/  model/  adapter/  layers/
-    report.html  plots/
+    report.html  plots/  .lock (its owner, engine/lock.py)  quarantine/ (damaged checkpoints, if there ever were any)
 
 `layers/` holds a copy of the source of every custom layer. Opening a run rebuilds them, which runs that code; so it is
 run only when it is, byte for byte, the file that the recipe names on this machine, or with --allow-code.
@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -20,38 +19,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import find, vet, yaml12
+from engine import disk, find, vet, yaml12
 from engine.errors import InputError
 from engine.recipe import Recipe, load
 
 
-def create(recipe: Recipe, out: str | None) -> Path:
-    """A new run folder: `out`, or runs/RECIPE/STAMP with runs/RECIPE/latest pointing at it."""
-    if out:
-        folder = Path(out)
-        check_free(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+def create(recipe: Recipe) -> Path:
+    """A new folder runs/RECIPE/STAMP, with runs/RECIPE/latest pointing at it."""
     parent = Path("runs") / recipe.name
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        folder = parent / (stamp + suffix)
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
     link, temporary = parent / "latest", parent / f".latest.{os.getpid()}"
-    temporary.symlink_to(folder.name)
-    temporary.replace(link)
+    with disk.refusing(parent, 0):
+        disk.make(parent)
+        for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+            folder = parent / (stamp + suffix)
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+        temporary.symlink_to(folder.name)
+        temporary.replace(link)
+        disk.sync_directory(parent)
     return folder
-
-
-def check_free(out: str) -> None:
-    """`out` must be no file and hold nothing."""
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--out {out}: it exists and is not empty; name another folder, or go on with --resume")
 
 
 def locate(run: str) -> Path:
@@ -70,38 +60,53 @@ def locate(run: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(path)
+    """Whole or not at all, and lasting."""
+    disk.replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
-    """recipe.yaml, environment.json, and the source of custom layers."""
-    (folder / "recipe.yaml").write_text(yaml12.dump(recipe.resolved()), "utf-8")
-    write_json(folder / "environment.json", environment)
-    table = [{"at": rule.at, "with": rule.with_} for rule in recipe.swap]
-    specs = [rule.with_ for rule in recipe.swap] + ([recipe.tune.method] if ":" in recipe.tune.method else [])
-    code = {spec: _copied(spec, folder / "layers", (recipe.path.parent,)) for spec in specs}
+    """The source of custom code, environment.json, and recipe.yaml last: with it the run has begun."""
+    code = {}
+    for spec in _specs(recipe):
+        code[spec] = _copied(spec, recipe, folder / "layers")
     if code:
+        table = [{"at": rule.at, "with": rule.with_} for rule in recipe.swap]
         write_json(folder / "layers" / "swap.json", {"swap": table, "code": code})
+    write_json(folder / "environment.json", environment)
+    disk.replace(folder / "recipe.yaml", yaml12.dump(recipe.resolved()).encode())
 
 
-def _copied(spec: str, folder: Path, folders: tuple[Path, ...]) -> dict[str, str]:
+def _specs(recipe: Recipe) -> list[str]:
+    """All "file.py:Class" that a recipe names: its layers, and a method of the user's own."""
+    return [rule.with_ for rule in recipe.swap] + ([recipe.tune.method] if ":" in recipe.tune.method else [])
+
+
+def _copied(spec: str, recipe: Recipe, folder: Path) -> dict[str, str]:
     """Copy the source of a class into the run; two files of one name get two names."""
-    source = _source(spec, folders)
-    if source is None:
-        raise InputError(f"no source file for {spec}")
-    folder.mkdir(exist_ok=True)
+    source = _code_file(spec, recipe)
+    with disk.refusing(folder, 0):
+        disk.make(folder)
     digest = _sha256(source)
     copy = folder / source.name
     if copy.exists() and _sha256(copy) != digest:
         copy = folder / f"{source.stem}-{digest[:8]}.py"
-    shutil.copyfile(source, copy)
+    disk.replace(copy, source.read_bytes())
     return {"file": copy.name, "sha256": digest, "path": str(source.resolve())}
 
 
-def environment(name: str, device: str, sources: dict[str, str], model: dict[str, Any], seed: int) -> dict[str, Any]:
+def _code_file(spec: str, recipe: Recipe) -> Path:
+    source = _source(spec, (recipe.path.parent,))
+    if source is None:
+        raise InputError(f"no source file for {spec}")
+    return source
+
+
+def code_sha256(recipe: Recipe) -> dict[str, str]:
+    """What the recipe names as code -> sha256 of the file that defines it."""
+    return {spec: _sha256(_code_file(spec, recipe)) for spec in _specs(recipe)}
+
+
+def environment(recipe: Recipe, device: str, sources: dict[str, str], model: dict[str, Any]) -> dict[str, Any]:
     """What a second run would need to be the same."""
     import importlib.metadata as metadata
 
@@ -110,10 +115,20 @@ def environment(name: str, device: str, sources: dict[str, str], model: dict[str
     packages = ("torch", "transformers", "tokenizers", "datasets", "scikit-learn", "numpy", "safetensors")
     versions = {name: metadata.version(name) for name in packages}
     return {
-        "recipe": name, "python": platform.python_version(), "platform": platform.platform(), "versions": versions, "device": device,
-        "threads": torch.get_num_threads(), "seed": seed, "data_sha256": sources, "model": model,
+        "recipe": recipe.name, "python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu(),
+        "versions": versions, "device": device,
+        "threads": torch.get_num_threads(), "seed": recipe.seed, "data_sha256": sources,
+        "model": model, "layers": code_sha256(recipe),
         "git_commit": _git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
+
+
+def _cpu() -> str:
+    """The processor's name: another kind may round otherwise."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text("utf-8", "replace").splitlines() if about.exists() else []
+    named = [line for line in lines if line.startswith("model name")]
+    return named[0].partition(":")[2].strip() if named else platform.processor()
 
 
 def _git_commit() -> str | None:

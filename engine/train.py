@@ -22,7 +22,6 @@ Who decides. Everything that steers a run (the learning rate, skipping, stopping
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,40 +30,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from engine import distributed, seeds
 from engine.errors import RunError
+from engine.progress import Progress, Settings
 
-
-@dataclass
-class Progress:
-    """Where a run is. With the weights, the optimizer and the scaler it is all it takes to go on."""
-
-    epoch: int = 0
-    window: int = 0  # of this epoch, done
-    step: int = 0
-    items: int = 0
-    loss_sum: float = 0.0  # over all items so far, for the mean training loss
-    skipped: int = 0  # steps left out because numbers were not finite
-    skipped_in_row: int = 0
-    best: float | None = None
-    best_step: int = 0
-    stale: int = 0  # evaluations without gain
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    stopped: str = ""  # why: "finished", "early", "interrupted"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the loop itself needs to know; the recipe's groups `train`, `evaluate`, `early_stopping`, `checkpoint`."""
-
-    steps: int  # in all
-    seed: int
-    clip: float | None
-    max_skipped: int
-    evaluate_every: int | str | None  # a number of steps, "epoch", or None
-    save_every: int | str
-    monitor: str | None = None
-    lower_is_better: bool = False
-    patience: int | None = None
-    min_delta: float = 0.0
+Evaluate = Callable[[], dict[str, float] | None]  # the scores; None if a signal came on the way
+Save = Callable[[str], None]  # "step": all it takes to go on; "best": the weights
+Write = Callable[[dict[str, Any]], None]
+Poll = Callable[[], bool]
 
 
 def train(
@@ -80,14 +51,16 @@ def train(
     *,
     device: torch.device,
     autocast: Callable[[], Any],  # the context that computes in the recipe's precision
-    evaluate: Callable[[], dict[str, float]],
-    save: Callable[[str], None],  # "step": all it takes to go on; "best": the weights
-    write: Callable[[dict[str, Any]], None],
-    interrupted: Callable[[], bool],
+    evaluate: Evaluate,
+    save: Save,
+    write: Write,
+    interrupted: Poll,
 ) -> Progress:
     """Train until the epochs are over, patience has run out or someone interrupts; returns the progress."""
     model.train()
 
+    if progress.unjudged:
+        decide(progress, settings, windows.per_epoch, evaluate, save, write, interrupted)
     while progress.step < settings.steps and not progress.stopped:
         for window in windows.epoch(progress.epoch, skip=progress.window):
             # 1. Gradients: the sum over all micro-batches, divided once by the items of the whole window.
@@ -134,29 +107,41 @@ def train(
                     " train.warmup, train.precision=float32 or bfloat16, or a look at the rows of these windows."
                 )
 
-            # 3. Decisions, all of them, in the open.
-            last = progress.step == settings.steps
-            end_of_epoch = progress.window == windows.per_epoch
-            best = False
-            if due(settings.evaluate_every, progress.step, end_of_epoch, last):
-                scores = evaluate()
-                best = judge(progress, settings, scores)
-                write({"event": "evaluation", "step": progress.step, "epoch": progress.epoch, "best": best, **scores})
-            if last:
-                progress.stopped = "finished"
-            elif settings.patience is not None and progress.stale >= settings.patience:
-                progress.stopped = "early"
-            elif interrupted():
-                progress.stopped = "interrupted"
-            if end_of_epoch:
-                progress.epoch, progress.window = progress.epoch + 1, 0
-            if best:
-                save("best")
-            if progress.stopped or due(settings.save_every, progress.step, end_of_epoch, last):
-                save("step")
+            # 3. Decisions: evaluate, stop, save.
+            decide(progress, settings, windows.per_epoch, evaluate, save, write, interrupted)
             if progress.stopped:
                 break
     return progress
+
+
+def decide(
+    progress: Progress, settings: Settings, per_epoch: int, evaluate: Evaluate, save: Save, write: Write, interrupted: Poll
+) -> None:
+    """What follows a step, all of it, in the open: evaluate, judge, stop, turn the epoch, save."""
+    last, end_of_epoch, best = progress.step == settings.steps, progress.window == per_epoch, False
+    if due(settings.evaluate_every, progress.step, end_of_epoch, last):
+        scores = evaluate()
+        progress.unjudged = scores is None
+        if scores is None:
+            progress.stopped = "interrupted"
+            save("step")
+            return
+        best = judge(progress, settings, scores)
+        write({"event": "evaluation", "step": progress.step, "epoch": progress.epoch, "best": best, **scores})
+    if best:
+        save("best")
+    if last:
+        progress.stopped = "finished"
+    elif settings.patience is not None and progress.stale >= settings.patience:
+        progress.stopped = "early"
+    elif interrupted():
+        progress.stopped = "interrupted"
+    if end_of_epoch:
+        progress.epoch, progress.window = progress.epoch + 1, 0
+    if progress.stopped or due(settings.save_every, progress.step, end_of_epoch, last):
+        save("step")
+        if not progress.stopped and interrupted():  # it came during the save: nothing is left to be done
+            progress.stopped = "interrupted"
 
 
 def due(every: int | str | None, step: int, end_of_epoch: bool, last: bool) -> bool:

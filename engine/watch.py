@@ -2,40 +2,48 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from engine import disk
 
 Record = dict[str, Any]
 
 
 class Log:
-    """log.jsonl: one JSON object a line, flushed at once; numbers that are not finite become null."""
+    """log.jsonl: one JSON object a line, written at once; numbers that are not finite become null.
 
-    def __init__(self, path: Path, keep_until: int | None = None):
-        if keep_until is not None:
-            self._rewind(path, keep_until)
-        self.file: TextIO = path.open("a", encoding="utf-8")
+    A resumed run cuts the file to the length that its checkpoint remembers: `keep` bytes. What came after that step is
+    written again, so no line stands there twice and none is torn.
+    """
+
+    def __init__(self, path: Path, keep: int = 0):
+        self.path = path
+        with disk.refusing(path, 0):
+            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self.file = os.fdopen(opened, "rb", buffering=0)  # closes itself
+            self._rewind(keep)
 
     def __call__(self, record: Record) -> None:
-        self.file.write(json.dumps({**_finite(record), "time": round(time.time(), 3)}, ensure_ascii=False) + "\n")
-        self.file.flush()
+        line = json.dumps({**_finite(record), "time": round(time.time(), 3)}, ensure_ascii=False) + "\n"
+        with disk.refusing(self.path, len(line.encode())):
+            disk.put(self.file.fileno(), line.encode())
 
-    @staticmethod
-    def _rewind(path: Path, step: int) -> None:
-        """Drop what a resumed run will write again, and a last line that was cut off."""
-        kept = []
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record.get("step", 0) <= step and record.get("event") != "finished":
-                kept.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), "utf-8")
-        temporary.replace(path)
+    def sync(self) -> int:
+        """Make all lines last; returns the log's length in bytes."""
+        with disk.refusing(self.path, 0):
+            disk.sync_file(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
+
+    def _rewind(self, keep: int) -> None:
+        content = self.file.read()
+        if len(content) < keep:
+            print(f"warning: {self.path}: lines before the checkpoint are missing ({len(content):,} of {keep:,} bytes are there)")
+            keep = content.rfind(b"\n") + 1
+        os.ftruncate(self.file.fileno(), keep)
 
 
 def _finite(value: Any) -> Any:
@@ -47,9 +55,9 @@ def _finite(value: Any) -> Any:
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log; a torn last line is left out."""
+    """The records of a log, none if there is no log yet; a torn last line is left out."""
     records = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:

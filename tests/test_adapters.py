@@ -10,7 +10,7 @@ from typing import Any
 import laws
 import pytest
 import torch
-from conftest import MakeRecipe, StopAfter
+from conftest import MakeRecipe, StopAt
 from laws import ARCHITECTURES, CASES, batch, build, logits
 from safetensors.torch import save_file
 from test_loop import log_of, model_bytes
@@ -291,7 +291,7 @@ def test_a_run_is_resumed_scored_and_opened_again(recipe: MakeRecipe, bert: Path
         tune["fusion"] = "{method: fusion, adapters: [source-0, source-1/adapter]}"
     options = (f"tune={tune[case]}", "train.epochs=1", "train.warmup=0")
     whole = finetune.finetune(recipe(*options), "whole", say=lambda line: None)
-    stopped = finetune.finetune(recipe(*options), "r", say=lambda line: None, interrupted=StopAfter(2))
+    stopped = finetune.finetune(recipe(*options), "r", say=lambda line: None, interrupted=StopAt("r", 2))
     assert stopped.progress.stopped == "interrupted"
     result = finetune.finetune(recipe(*options), "r", resume=True, say=lambda line: None)
     assert model_bytes("r") == model_bytes("whole")

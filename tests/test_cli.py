@@ -222,8 +222,8 @@ def test_debug_shows_the_traceback(recipe: MakeRecipe) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_the_makefile_passes_values_without_a_shell_reading_them(tmp_path: Path) -> None:
-    """RECIPE and its like reach the engine as one argument each, to the letter; neither make nor the shell runs them."""
+def test_the_makefile_refuses_what_is_no_recipe_and_no_shell_reads_the_rest(tmp_path: Path) -> None:
+    """RECIPE is a plain name or a path, or make ends; OUT and its like reach the engine as one argument each, to the letter."""
     canary, seen, venv = tmp_path / "canary", tmp_path / "seen", tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$SEEN"\n')
@@ -231,9 +231,28 @@ def test_the_makefile_passes_values_without_a_shell_reading_them(tmp_path: Path)
     (venv / "ready").touch()  # newer than setup.cfg: nothing is installed
     make = ["make", "-C", str(find.PROJECT), f"VENV={venv}"]
     environment = {**os.environ, "SEEN": str(seen)}
-    for value in (f"x; touch {canary}", f"$(touch {canary})", f"$(shell touch {canary})", f"`touch {canary}`", "a b", "plain"):
-        subprocess.run([*make, "finetune", f"RECIPE={value}", f"OUT={value}"], capture_output=True, check=True, env=environment)
-        assert seen.read_text().split("\0")[:-1] == ["-m", "engine", "finetune", value, "--out", value]
+    hostile = [
+        f"x; touch {canary}",
+        f"$(touch {canary})",
+        f"$(shell touch {canary})",
+        f"`touch {canary}`",
+        "a b",
+        "x,y",
+        "a\nb",
+        "x)",
+    ]
+    for value in [*hostile, "--debug", "-x"]:
+        for given in (("make", [f"RECIPE={value}"], {}), ("environment", [], {"RECIPE": value})):
+            done = subprocess.run([*make, "finetune", *given[1]], capture_output=True, text=True, env=environment | given[2])
+            assert done.returncode == 2, (value, given[0])
+            assert "RECIPE is neither a plain name nor a recipe path" in done.stderr
+    assert not seen.exists()
+    for name in ("plain", "recipes/bert_sentiment.yaml", "../my-recipes/a_1.yml", "/abs/x.yaml"):
+        subprocess.run([*make, "finetune", f"RECIPE={name}"], capture_output=True, check=True, env=environment)
+        assert seen.read_text().split("\0")[:-1] == ["-m", "engine", "finetune", name]
+    for value in [*hostile, "plain"]:
+        subprocess.run([*make, "finetune", "RECIPE=r", f"OUT={value}"], capture_output=True, check=True, env=environment)
+        assert seen.read_text().split("\0")[:-1] == ["-m", "engine", "finetune", "r", "--out", value]
     assert not canary.exists()
     listed = subprocess.run(["make", "-C", str(find.PROJECT)], capture_output=True, text=True).stdout
     assert "make finetune" in listed

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeRecipe, StopAfter
+from conftest import MakeRecipe, StopAt
 from laws import logits
 
 from engine import adapters, bases, finetune, prepare, runs
@@ -79,7 +79,7 @@ def test_a_run_starts_where_another_ended_and_needs_it_no_more(recipe: MakeRecip
     ready = prepare.prepare(recipe("tune={start: first}"), **QUIET)
     assert torch.allclose(logits(ready.loaded.model), logits(first), atol=1e-5)
     straight = finetune.finetune(recipe("tune={start: first}", *FAST), "straight", **QUIET)
-    finetune.finetune(recipe("tune={start: first}", *FAST), "second", interrupted=StopAfter(2), **QUIET)
+    finetune.finetune(recipe("tune={start: first}", *FAST), "second", interrupted=StopAt("second", 2), **QUIET)
     shutil.rmtree("first")
     from engine.recipe import load
 

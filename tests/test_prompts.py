@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FLOAT32, MakeRecipe
+from conftest import FLOAT32, MakeRecipe, StopAt
 from laws import ARCHITECTURES, IDS, SMALL, batch, build, logits
-from test_loop import StopAfter, model_bytes
+from test_loop import model_bytes
 from torch import nn
 
 from engine import find, finetune, freeze, models, prepare
@@ -455,7 +455,7 @@ def test_what_peft_cannot_read_is_said(method: str) -> None:
 def test_a_run_trains_resumes_and_opens_again(recipe: MakeRecipe, method: str) -> None:
     options = [f"tune={{method: {method}, length: 4}}", "checkpoint.every=2", "train.epochs=1", "evaluate.bootstrap=0"]
     result = finetune.finetune(recipe(*options), "whole", **QUIET)
-    first = finetune.finetune(recipe(*options), "stopped", interrupted=StopAfter(2), **QUIET)
+    first = finetune.finetune(recipe(*options), "stopped", interrupted=StopAt("stopped", 2), **QUIET)
     assert (first.progress.stopped, first.progress.step) == ("interrupted", 3)
     finetune.finetune(recipe(*options), "stopped", resume=True, **QUIET)
     assert model_bytes("stopped") == model_bytes("whole")

@@ -13,12 +13,13 @@ from typing import Any
 import laws
 import pytest
 import torch
-from conftest import MakeRecipe, StopAfter
+from conftest import MakeRecipe, StopAt
 from laws import ARCHITECTURES, CASES, REFUSED, logits
 
 from engine import find, finetune, freeze, optim, prepare
 from engine.errors import InputError
-from engine.train import Progress, Settings, train
+from engine.progress import Progress, Settings
+from engine.train import train
 
 
 def test_every_method_has_a_case() -> None:
@@ -297,7 +298,7 @@ def test_a_method_of_ones_own_is_a_class_in_a_file(recipe: MakeRecipe, files: Pa
     lines: list[str] = []
     result = finetune.finetune(made, "r", say=lines.append)
     assert any(line.startswith("tune    gain: 2 projections") for line in lines)
-    finetune.finetune(made, "half", interrupted=StopAfter(2), say=lambda line: None)
+    finetune.finetune(made, "half", interrupted=StopAt("half", 2), say=lambda line: None)
     resumed = finetune.finetune(load("half/recipe.yaml"), "half", resume=True, say=lambda line: None)
     assert resumed.metrics["test"] == result.metrics["test"]
     assert evaluate_run("r", "test.jsonl", [], as_json=True)["scores"]["accuracy"] == result.metrics["test"]["accuracy"]

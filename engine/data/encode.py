@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine import disk
 from engine.data.read import Row
 from engine.errors import InputError
 
@@ -69,14 +70,13 @@ def encode(
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Encoded:
     """`rows` as the task sees them, tokenised; from `cache` when the same thing was tokenised before."""
-    path = cache / f"{_key(task, rows, tokenizer, max_length)}.arrow" if cache else None
+    path = cache / f"{_key(task, rows, tokenizer, max_length, interrupted)}.arrow" if cache else None
     padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, "labels": -100}
     if path is not None and (found := _open(path, padding, len(rows))):
         return found
     columns: dict[str, list[Any]] = {}
     for start in range(0, len(rows), CHUNK):
-        if interrupted():
-            raise KeyboardInterrupt
+        _look(interrupted)
         for name, values in task.encode(rows[start : start + CHUNK], tokenizer, max_length).items():
             columns.setdefault(name, []).extend(values)
     if path is None:
@@ -92,7 +92,12 @@ def encode(
     return made
 
 
-def _key(task: Any, rows: list[Row], tokenizer: Any, max_length: int) -> str:
+def _look(interrupted: Callable[[], bool]) -> None:
+    if interrupted():
+        raise KeyboardInterrupt
+
+
+def _key(task: Any, rows: list[Row], tokenizer: Any, max_length: int, interrupted: Callable[[], bool]) -> str:
     """sha256 of everything that the tokens depend on."""
     digest = hashlib.sha256()
     settings = [VERSION, type(task).__name__, task.fingerprint(), max_length, tokenizer.padding_side, tokenizer.truncation_side]
@@ -102,7 +107,9 @@ def _key(task: Any, rows: list[Row], tokenizer: Any, max_length: int) -> str:
     backend.pop("truncation"), backend.pop("padding")  # every call sets these two anew
     digest.update(json.dumps(backend, sort_keys=True).encode())
     used = [*task.columns.values()]
-    for row in rows:
+    for i, row in enumerate(rows):
+        if i % CHUNK == 0:
+            _look(interrupted)
         digest.update(json.dumps([row.get(name) for name in used], default=str).encode())
     return digest.hexdigest()[:40]
 
@@ -120,14 +127,17 @@ def _write(path: Path, columns: dict[str, list[Any]]) -> None:
             arrays[name] = pyarrow.array(values)
     table = pyarrow.table(arrays)
     table = table.replace_schema_metadata({"crc32": str(_crc(table))})
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        temporary.rename(path)  # whole or not at all, whoever else is writing it
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk.refusing(path, table.nbytes):
+        disk.make(path.parent)
+        try:
+            with pyarrow.OSFile(str(temporary), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            disk.sync_path(temporary)
+            temporary.rename(path)  # whole or not at all, whoever else is writing it
+            disk.sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _crc(table: Any) -> int:
