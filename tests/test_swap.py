@@ -215,3 +215,104 @@ def test_shipped_layers_train_and_open_again_without_asking(recipe: MakeRecipe, 
     assert any(line.startswith(f"swap    {count} x ") for line in lines)
     again = evaluate_run("r", "test.jsonl", [], as_json=True)  # the code is the installed one, byte for byte: no --allow-code
     assert again["scores"]["accuracy"] == result.metrics["test"]["accuracy"]
+
+
+FEED_FORWARD = '''
+import torch
+from torch import nn
+
+
+class Mixture(nn.Module):
+    """Two expansions of the hidden state, mixed by a gate: what the old one computes, and a fresh one."""
+
+    def __init__(self, old, width):
+        super().__init__()
+        self.old = old
+        self.fresh = nn.Sequential(nn.Linear(old.dense.in_features, width), nn.GELU(), nn.Linear(width, old.dense.out_features))
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def from_old(cls, old, width=32):
+        return cls(old, width)
+
+    def forward(self, x):
+        return self.old(x) + self.gate * self.fresh(x)
+'''
+
+
+def test_a_users_layer_replaces_every_feed_forward_of_minilm(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One recipe entry on the real model: it trains, goes on after a stop bit for bit, evaluates and predicts."""
+    from conftest import StopAt
+
+    from engine import models
+    from engine.predict import evaluate_run, predict_run
+    from engine.recipe import load
+
+    if not models._embedded("test"):
+        pytest.skip(f"the wheel {models.EMBEDDED_WHEEL} is not installed")
+    (files / "mine.py").write_text(FEED_FORWARD)
+    options = [
+        "swap=[{at: '**.intermediate', with: 'mine.py:Mixture', options: {width: 16}, expect: 6}]", "data.train_limit=96",
+        "train.epochs=1", "train.batch_size=16", "evaluate.every=2", "checkpoint.every=1", "data.cache=cache",
+        "data.validation=0.2", "data.test=test.jsonl",
+    ]  # fmt: skip
+    made = load("bert_sentiment", options)
+    straight = finetune.finetune(made, "straight", **QUIET)
+    stopped = finetune.finetune(made, "stopped", interrupted=StopAt("stopped", 2), **QUIET)
+    assert stopped.code == 130
+    resumed = finetune.finetune(made, "stopped", resume=True, **QUIET)
+    assert resumed.metrics == straight.metrics
+    assert Path("stopped/model/model.safetensors").read_bytes() == Path("straight/model/model.safetensors").read_bytes()
+    again = evaluate_run("stopped", "test.jsonl", [], as_json=True)
+    assert again["scores"]["loss"] == pytest.approx(straight.metrics["test"]["loss"], rel=1e-5)
+    capsys.readouterr()
+    predict_run("stopped", ["not a dull minute in it"], None, None, [])
+    assert json.loads(capsys.readouterr().out)["label"] in ("negative", "positive")
+
+
+def test_pooling_follows_its_formula_and_needs_no_padding() -> None:
+    """The mean of the text's hidden states, whatever the padding; attention pooling begins as the mean and learns."""
+    import laws
+
+    from engine.layers.pooling import AttentionPooling, MeanPooling
+    from engine.schema import SwapRule
+
+    for architecture, at in (
+        ("Bert", "bert.pooler"),
+        ("Roberta", "classifier"),
+        ("Electra", "classifier"),
+        ("DebertaV2", "pooler"),
+    ):
+        out = {}
+        for kind in ("MeanPooling", "AttentionPooling"):
+            model = laws.build(architecture)
+            rule = SwapRule.model_validate({"at": [at], "with": f"engine.layers.pooling:{kind}"})
+            swap.apply_rules(model, [rule], lambda key: key)
+            out[kind] = laws.logits(model)
+            alone = {k: v[1:2, :4] for k, v in laws.batch().items()}
+            assert torch.allclose(laws.logits(model, alone), out[kind][1:2], atol=1e-5)
+            gradients = laws.gradients(laws.still(model))
+            assert all(
+                g is not None and g.abs().max() > 0 for n, g in gradients.items() if n.endswith("query") and "self" not in n
+            )
+        assert torch.allclose(out["MeanPooling"], out["AttentionPooling"], atol=1e-6)
+        assert not torch.allclose(out["MeanPooling"], laws.logits(laws.build(architecture)), atol=1e-4)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    hidden, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    pooling = MeanPooling(head)
+    pooling.attention_mask = mask
+    assert torch.allclose(pooling(hidden), head(torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)])), atol=1e-6)
+    attention = AttentionPooling(head)
+    attention.attention_mask = mask
+    nn.init.normal_(attention.query)
+    weights = [(hidden[0] @ attention.query).softmax(0), (hidden[1, :2] @ attention.query).softmax(0)]
+    expected = torch.stack([weights[0] @ hidden[0], weights[1] @ hidden[1, :2]])
+    assert torch.allclose(attention(hidden), head(expected), atol=1e-6)
+
+
+def test_pooling_is_one_line_of_a_recipe(recipe: MakeRecipe) -> None:
+    from engine.predict import evaluate_run
+
+    result = finetune.finetune(recipe("swap=[{at: '**.pooler', with: 'engine.layers.pooling:AttentionPooling'}]"), "r", **QUIET)
+    again = evaluate_run("r", "test.jsonl", [], as_json=True)
+    assert again["scores"]["loss"] == pytest.approx(result.metrics["test"]["loss"], rel=1e-5)
