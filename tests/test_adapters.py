@@ -448,6 +448,24 @@ def test_an_adapter_of_the_hub_computes_what_it_does_there(case: str, architectu
     assert not torch.allclose(expected, start, atol=1e-2)
 
 
+@pytest.mark.parametrize("case", ["seq_bn", "double_seq_bn", "par_bn"])
+def test_a_run_begins_from_an_adapter_of_the_hub(case: str, recipe: MakeRecipe, bert: Path) -> None:
+    """`tune.start` takes method, options and weights from the folder; what is trained from there opens again."""
+    from transformers import AutoModelForSequenceClassification
+
+    from engine import prepare
+
+    tensors = write_hub(Path("hub"), "Bert", HUB_CASES[case])
+    ready = prepare.prepare(recipe("tune={start: hub}"), say=lambda line: None)
+    assert ready.recipe.tune.method == "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2)
+    base.classifier.load_state_dict(ready.loaded.model.classifier.state_dict())
+    expected = logits(theirs(base.eval(), "Bert", {**HUB, **HUB_CASES[case]}, tensors))
+    assert torch.allclose(logits(ready.loaded.model), expected, atol=1e-5)
+    result = finetune.finetune(recipe("tune={start: hub}", "train.max_steps=3"), "r", say=lambda line: None)
+    assert evaluate_run("r", "test.jsonl", [], as_json=True)["scores"]["accuracy"] == result.metrics["test"]["accuracy"]
+
+
 def test_names_and_activations_of_old_versions_are_read() -> None:
     new = write_hub(Path("hub"), "Bert", {"mh_adapter": True, "non_linearity": "gelu"}, type="text_task", version="1")
     old = {
