@@ -21,7 +21,7 @@ $(foreach c,$(ALLOWED),$(eval left := $$(subst $(c),,$$(left))))
 $(if $(left)$(filter -%,$(value RECIPE)),$(error RECIPE is neither a plain name nor a recipe path (letters, digits, _ . / -): $(value RECIPE)))
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow laws bench bench-methods lint clean
+.PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow prove laws bench bench-methods lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test: $(VENV)/ready-test ## the test suite
 
 test-slow: $(VENV)/ready-test ## the tests that take minutes
 	@exec $(BIN)/python -m pytest -m slow $(ARGS)
+
+prove: $(VENV)/ready-test ## the exactness laws, as a table (minutes)
+	@exec $(BIN)/python tests/prove.py $(ARGS)
 
 laws: $(VENV)/ready-test ## every tuning method on every architecture: the README's table
 	@exec $(BIN)/python tests/laws.py
