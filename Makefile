@@ -54,7 +54,7 @@ recipes: $(VENV)/ready ## the list of recipes
 	@exec $(BIN)/python -m engine recipes
 
 test: $(VENV)/ready-test ## the test suite
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(VENV)/ready-test ## the tests that take minutes
 	@exec $(BIN)/python -m pytest -m slow $(ARGS)

@@ -8,6 +8,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two spinning threads each would be slower than one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

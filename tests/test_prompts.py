@@ -456,7 +456,7 @@ def test_a_run_trains_resumes_and_opens_again(recipe: MakeRecipe, method: str) -
     options = [f"tune={{method: {method}, length: 4}}", "checkpoint.every=2", "train.epochs=1", "evaluate.bootstrap=0"]
     result = finetune.finetune(recipe(*options), "whole", **QUIET)
     first = finetune.finetune(recipe(*options), "stopped", interrupted=StopAt("stopped", 2), **QUIET)
-    assert (first.progress.stopped, first.progress.step) == ("interrupted", 3)
+    assert (first.progress.stopped, first.progress.step) == ("interrupted", 2)
     finetune.finetune(recipe(*options), "stopped", resume=True, **QUIET)
     assert model_bytes("stopped") == model_bytes("whole")
     again = evaluate_run("whole", "test.jsonl", [], as_json=True)

@@ -82,9 +82,10 @@ def encode(
     if path is None:
         return _from_columns(columns, padding)
     try:
-        _write(path, columns)
+        path.parent.mkdir(parents=True, exist_ok=True)  # a name that can hold no folder is the recipe's fault, not the disk's
     except OSError as error:
-        raise InputError(f"data.cache: {path.parent} cannot be written: {error.strerror or error}") from error
+        raise InputError(f"data.cache: {path.parent} cannot be made: {error.strerror or error}") from error
+    _write(path, columns)
     made = _open(path, padding, len(rows))
     if made is None:
         raise InputError(f"data.cache: {path} does not read back as it was written; is the disk broken?")
