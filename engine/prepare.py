@@ -86,6 +86,10 @@ def prepare(
     }
     models.check_ids(loaded, {name: tokens.ragged["input_ids"][0] for name, tokens in encoded.items()})
     notes += _look_at(facts, encoded, recipe.data.max_length)
+    if swapped or ":" in recipe.tune.method:  # code that is not ours: does it fit where it stands?
+        with models.eval_mode(loaded.model):
+            key = "swap" if swapped else "tune.method"
+            swap.probe(loaded.model, swapped, _probe(encoded["train"], device), f"{recipe.where(key)}: {key}")
     made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)

@@ -214,6 +214,48 @@ def _hand_over(readers: list[str]) -> Callable[[nn.Module, tuple[Any, ...], dict
     return hook
 
 
+def probe(model: nn.Module, swapped: list[Swapped], batch: dict[str, torch.Tensor], where: str) -> None:
+    """One forward pass; where it fails, an InputError that names the module, and the swapped layer whose output led there."""
+    running: list[str] = []
+    gave: dict[str, str] = {}
+    new = {s.path: s for s in swapped}
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda module, args: running.append(path)
+
+    def leave(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+            if path in new:
+                gave[path] = str(tuple(output.shape)) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+
+        return hook
+
+    hooks = [h for path, m in model.named_modules()
+             for h in (m.register_forward_pre_hook(enter(path)), m.register_forward_hook(leave(path)))]  # fmt: skip
+    try:
+        with torch.inference_mode():
+            made = model(**batch)
+        if not torch.isfinite(made.logits).all():
+            raise InputError(f"{where}: on a probe batch the model's outputs are not all finite numbers")
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        at = next((p for p in reversed(running) if p), "the model")
+        inside = next((p for p in new if at == p or at.startswith(p + ".")), None)
+        if inside or not gave:
+            raise InputError(f"{where}: {at} failed on a probe batch: {reason}") from error
+        last = list(gave)[-1]
+        raise InputError(
+            f"{where}: {at} failed on a probe batch: {reason}. Before it, {last} ({new[last].new}) gave {gave[last]};"
+            f" a layer in its place must give the shape that {new[last].old} gave."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _builder(layer: type, options: dict[str, Any], key: str) -> Build:
     """from_old(old, **options) where the class has it; else the constructor, sizes filled in from the old module."""
     own = hasattr(layer, "from_old")

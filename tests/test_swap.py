@@ -172,6 +172,47 @@ def test_wrong_rules_are_errors_that_show_the_fix(recipe: MakeRecipe, layer_file
     assert not Path("r").exists()
 
 
+BAD = """
+import torch
+from torch import nn
+
+class Narrow(nn.Module):
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features // 2)
+
+    def forward(self, x):
+        return self.linear(x)
+
+class Broken(Narrow):
+    def forward(self, x):
+        return self.linear(x[..., :3])
+
+class Endless(Narrow):
+    def forward(self, x):
+        return torch.cat([self.linear(x)] * 2, -1) / 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("Narrow", r"layer.0.output.dense failed on a probe batch: .*shapes cannot be multiplied.* Before it, bert.encoder.layer.0."
+         r"intermediate.dense \(Narrow.*\) gave \(3, \d+, 32\); a layer in its place must give the shape that Linear\[64, 32\] gave"),
+        ("Broken", "intermediate.dense.linear failed on a probe batch: RuntimeError"),
+        ("Endless", "outputs are not all finite numbers"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_layer_of_the_wrong_shape_is_named(recipe: MakeRecipe, files: Path, layer: str, said: str, packing: str) -> None:
+    (files / "bad.py").write_text(BAD)
+    made = recipe(f"swap=[{{at: '**.intermediate.dense', with: 'bad.py:{layer}'}}]", f"train.packing={packing}")
+    with pytest.raises(InputError, match=said) as error:
+        finetune.finetune(made, "r", **QUIET)
+    assert "swap" in str(error.value)
+    assert not Path("r").exists()
+
+
 def test_a_fresh_layer_that_would_stay_frozen_is_an_error(recipe: MakeRecipe, layer_file: Path) -> None:
     made = recipe("swap=[{at: '**.intermediate.dense', with: 'mine.py:Scaled'}]", "tune={method: last_n, n: 0}")
     with pytest.raises(InputError, match="fresh parameters are frozen and would stay random"):
