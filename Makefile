@@ -24,7 +24,7 @@ $(if $(left)$(filter -%,$(value RECIPE)),$(error RECIPE is neither a plain name 
 .PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow prove laws bench bench-methods lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 finetune: $(VENV)/ready ## train, evaluate, report: RECIPE=bert_sentiment [SET="train.epochs=1"] [OUT=dir] [OFFLINE=1]
 	@exec $(BIN)/python -m engine finetune "$${RECIPE:?name one: make finetune RECIPE=bert_sentiment}" $$SET $${OUT:+--out "$$OUT"} $(if $(OFFLINE),--offline)
