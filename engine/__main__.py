@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from engine import __version__
+from engine import __version__, distributed
 from engine.errors import EngineError
 
 Parser = argparse.ArgumentParser
@@ -27,22 +27,24 @@ def main(arguments: list[str] | None = None) -> int:
     except EngineError as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+        return ended(f"error: {error}", error.code)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return ended("stopped", 130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 0
     except Exception as error:
         if options.debug:
             raise
-        print(
-            f"error: {type(error).__name__}: {error}\nThis is a fault of the engine, not yours; --debug shows where.",
-            file=sys.stderr,
-        )
-        return 1
+        return ended(f"error: {type(error).__name__}: {error}\nThis is a fault of the engine, not yours; --debug shows where.", 1)
+
+
+def ended(message: str, code: int) -> int:
+    """Say why the process ends, once however many processes work together; returns the exit code that all of them have."""
+    first, code = distributed.first_failure(code)
+    if first:
+        print(message, file=sys.stderr)
+    return code
 
 
 def build() -> Parser:
@@ -103,6 +105,7 @@ def finetune(options: Any) -> int:
     from engine.interrupt import Interrupt
 
     interrupt = Interrupt().install()  # before the heavy imports: a signal must find someone home
+    distributed.start()
     recipe = _recipe(options)
     from engine.claim import own
 
@@ -110,10 +113,13 @@ def finetune(options: Any) -> int:
         with own(recipe, options.out, options.resume) as owned:  # whose folder it is, too
             from engine.finetune import finetune as run
 
-            return run(recipe, claim=owned, interrupted=interrupt).code
+            code = run(recipe, claim=owned, interrupted=interrupt).code
+        if distributed.world() > 1:
+            interrupt.ignore()  # the launcher stops all as soon as one has ended
+        distributed.stop()
+        return code
     except KeyboardInterrupt:  # a loop outside training saw the flag
-        print("stopped before training began; nothing was written", file=sys.stderr)
-        return interrupt.code or 130
+        return ended("stopped before training began; nothing was written", interrupt.code or 130)
 
 
 def check(options: Any) -> None:

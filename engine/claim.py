@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine import disk, lock, runs
+from engine import disk, distributed, lock, runs
 from engine.errors import InputError, RunError
 from engine.recipe import Recipe, load
 from engine.watch import read_log
@@ -37,18 +37,34 @@ class Claim:
     def begin(self) -> Path:
         """The folder to write to; a new one is made and owned if none was named."""
         if self.folder is None:
-            self.folder = runs.create(self.recipe)
-            self.held = lock.take(self.folder)
+            if distributed.rank() == 0:
+                self.folder = runs.create(self.recipe)
+                self.held = lock.take(self.folder)
+            self.folder = distributed.from_first(self.folder)
         return self.folder
 
 
 @contextlib.contextmanager
 def own(recipe: Recipe, out: str | None, resume: bool) -> Iterator[Claim]:
-    """Own the run folder for the block. Raises InputError (used for something else) or RunError (owned by another process)."""
+    """Own the run folder for the block. Raises InputError (used for something else) or RunError (owned by another process).
+
+    Of several processes that train together rank 0 owns it, and tells the others what it is.
+    """
     if recipe.tune.start:
         from engine import adapters  # imports torch
 
         recipe = adapters.started(recipe)
+    if distributed.rank() == 0:
+        with _own(recipe, out, resume) as mine:
+            distributed.from_first((mine.folder, mine.state))
+            yield mine
+    else:
+        folder, state = distributed.from_first(None)
+        yield Claim(recipe, folder, state)
+
+
+@contextlib.contextmanager
+def _own(recipe: Recipe, out: str | None, resume: bool) -> Iterator[Claim]:
     if resume:
         folder = runs.locate(out or str(Path("runs") / recipe.name))
     elif out:

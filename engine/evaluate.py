@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import metrics, seeds
+from engine import distributed, metrics, seeds
 from engine.data.encode import Encoded
 from engine.data.windows import in_order
 from engine.models import eval_mode
@@ -33,19 +33,27 @@ def outputs(
     autocast: Any,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """The task's raw outputs for every example, in the examples' order. Raises KeyboardInterrupt once `interrupted` says so."""
-    made: np.ndarray | None = None
+    """The task's raw outputs for every example, in the examples' order. Raises KeyboardInterrupt once `interrupted` says so.
+
+    Of several processes each computes its share, and all get the whole; a signal at one of them stops all.
+    """
+    parts: list[tuple[np.ndarray, np.ndarray]] = []  # (row numbers, outputs) of this rank's batches
+    stopped = False
     with seeds.untouched(), eval_mode(model), torch.inference_mode():
-        for rows, batch in in_order(encoded, tokens):
-            if interrupted():
-                raise KeyboardInterrupt
+        for rows, batch in in_order(encoded, tokens, distributed.rank(), distributed.world()):
+            stopped = interrupted()
+            if stopped:
+                break
             with autocast():
                 part = task.forward(model, {k: v.to(device, non_blocking=True) for k, v in batch.items()})
-            part = part.float().cpu().numpy()
-            if made is None:
-                made = np.empty((len(encoded), *part.shape[1:]), dtype=part.dtype)
-            made[rows] = part
-    assert made is not None, "an empty split reached evaluation"
+            parts.append((rows, part.float().cpu().numpy()))
+    if distributed.largest(int(stopped)):
+        raise KeyboardInterrupt
+    everyone = [part for of_rank in distributed.gather(parts) for part in of_rank]
+    assert everyone, "an empty split reached evaluation"
+    made = np.empty((len(encoded), *everyone[0][1].shape[1:]), dtype=everyone[0][1].dtype)
+    for rows, part in everyone:
+        made[rows] = part
     return made
 
 

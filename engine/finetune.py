@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import adapters, checkpoint, disk, evaluate, freeze, metrics, optim, resume, runs
+from engine import adapters, checkpoint, disk, distributed, evaluate, freeze, metrics, optim, resume, runs
 from engine.claim import Claim, own
 from engine.data import rows, windows
 from engine.errors import RunError
@@ -27,7 +27,7 @@ from engine.prepare import Prepared, prepare, summed, tell
 from engine.progress import Progress, Settings
 from engine.recipe import Recipe
 from engine.train import train
-from engine.watch import Bar, Log, read_log
+from engine.watch import Bar, Log, Quiet, read_log
 
 EVALUATION_TOKENS = 4  # evaluation keeps no activations, so its batches may be this many times larger
 
@@ -66,7 +66,7 @@ def finetune(
 
 def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Result:
     """The straight line."""
-    recipe, began = owned.recipe, time.perf_counter()
+    recipe, began, writes = owned.recipe, time.perf_counter(), distributed.rank() == 0
     going_on = owned.folder is not None and any((owned.folder / "checkpoints").glob("step-*"))
     ready = prepare(recipe, say, interrupt, resumed=going_on)
     model, task = ready.loaded.model, ready.task
@@ -80,14 +80,16 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     sources = {name: digest for split in ready.splits.values() for name, digest in split.table.sources.items()}
     environment = runs.environment(recipe, str(ready.device), sources, about)
     folder, progress, log_bytes = owned.begin(), Progress(), 0
-    if owned.state == "new":
+    if owned.state == "new" and writes:
         runs.write_start(folder, recipe, environment)
-    else:
+    elif owned.state != "new":
         resume.same_sources(folder, environment)
         progress, log_bytes = resume.go_on(folder, model, optimizer, scaler, say)
+        different = resume.drift(folder, environment)
+    if owned.state != "new" and writes:
         checkpoint.prune(folder / "checkpoints", recipe.checkpoint.keep)  # it may have been killed after a save, before this
-        resume.note(folder, progress.step, resume.drift(folder, environment), say)
-    log = Log(folder / "log.jsonl", keep=log_bytes)
+        resume.note(folder, progress.step, different, say)
+    log = Log(folder / "log.jsonl", keep=log_bytes) if writes else Quiet()
     if log_bytes == 0:
         log({"event": "data", "splits": ready.facts})
         log({"event": "model", **about, "coverage": ready.coverage, "head": ready.head, "swap": summed(ready.swapped)})
@@ -115,16 +117,24 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         except KeyboardInterrupt:  # evaluation saw the flag
             return None
 
+    def agreed() -> bool:
+        """Whether a signal has come, to whichever process."""
+        return distributed.largest(int(interrupt())) > 0
+
     def save(kind: str) -> None:
         name = f"{kind}-{progress.step:08d}"
+        if not writes:
+            distributed.barrier()
+            return
         if kind == "best":
             checkpoint.write(checkpoints, name, model, progress)
         else:
             checkpoint.write(checkpoints, name, model, progress, optimizer, scaler, log.sync())
             checkpoint.prune(checkpoints, recipe.checkpoint.keep)
         log(saved(name, progress))
+        distributed.barrier()  # what another process reads next is whole
 
-    bar = Bar(ready.steps, progress.step, recipe.train.epochs, ready.windows.per_epoch)
+    bar = Bar(ready.steps, progress.step, recipe.train.epochs, ready.windows.per_epoch) if writes else Quiet()
     stop = recipe.early_stopping
     settings = Settings(
         steps=ready.steps, seed=recipe.seed, clip=recipe.train.clip, max_skipped=recipe.train.max_skipped,
@@ -149,11 +159,11 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
                 model, task, ready.windows, optimizer, scaler,
                 optim.schedule(recipe.train.schedule, recipe.train.warmup, ready.steps), lambda step: freeze.thaw(model, step),
                 settings, progress, device=ready.device, autocast=autocast, evaluate=validate, save=save, write=write,
-                interrupted=interrupt,
+                interrupted=agreed,
             )  # fmt: skip
         if progress.stopped == "interrupted":
             say(f"stopped at step {progress.step} of {ready.steps}; go on with: --out {folder} --resume")
-            return Result(folder, progress, {}, interrupt.code or 130)
+            return Result(folder, progress, {}, int(distributed.largest(interrupt.code)) or 130)
 
         # best weights, final scores, by the same kernels
         best_step = progress.step
@@ -164,7 +174,10 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
             final = {name: score(name) for name in ("validation", "test") if name in ready.encoded}
         except KeyboardInterrupt:
             say(f"stopped after training, before the final scores; go on with: --out {folder} --resume")
-            return Result(folder, progress, {}, interrupt.code or 130)
+            return Result(folder, progress, {}, int(distributed.largest(interrupt.code)) or 130)
+
+    if not writes:
+        return Result(folder, progress, {name: scored.scores for name, scored in final.items()})
 
     # what is left behind
     results: dict[str, Any] = {"train": {"loss": progress.loss_sum / max(1, progress.items)}}
@@ -228,7 +241,8 @@ def told_again(folder: Path | None, say: Callable[[str], None]) -> Result:
     assert folder is not None, "a run without a folder cannot be finished"
     results = json.loads((folder / "metrics.json").read_text("utf-8"))
     page = folder / "report.html"
-    if not page.exists() or page.stat().st_mtime_ns < (folder / "metrics.json").stat().st_mtime_ns:
+    outdated = not page.exists() or page.stat().st_mtime_ns < (folder / "metrics.json").stat().st_mtime_ns
+    if outdated and distributed.rank() == 0:
         report.write(folder)  # the run was killed before its last line
     plan = next(record for record in read_log(folder / "log.jsonl") if record["event"] == "plan")
     say(f"run     {folder}: finished already, {results['steps']} steps; name another folder for a new run")

@@ -27,9 +27,15 @@ class Interrupt:
             signal.signal(number, self._note)
         return self
 
+    def ignore(self) -> None:
+        """What ends anyway, with its own exit code, is not to be ended by a signal."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
         name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step, then saving (once more ends at once)", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"\n{name}: finishing this step, then saving (once more ends at once)", file=sys.stderr, flush=True)

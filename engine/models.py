@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import vet
+from engine import distributed, vet
 from engine.errors import InputError
 from engine.find import locate
 from engine.layers.quantized import packed_weights
@@ -216,6 +216,7 @@ def device_of(name: str, where: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        distributed.share_devices(torch.device(name).type, where)
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import adapters, find, freeze, metrics, models, optim, seeds, swap
+from engine import adapters, distributed, find, freeze, metrics, models, optim, seeds, swap
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError, plain, quoted
 from engine.fast import packing
@@ -25,8 +25,9 @@ from engine.recipe import Recipe
 
 
 def tell(line: str) -> None:
-    """A line for people, at once. What files hold (labels, names) is made harmless to a terminal."""
-    print(plain(line), flush=True)
+    """A line for people, at once, from rank 0. What files hold (labels, names) is made harmless to a terminal."""
+    if distributed.rank() == 0:
+        print(plain(line), flush=True)
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -80,10 +81,11 @@ def prepare(
     loaded, head, swapped = _model(recipe, task, folders)
     method, own, coverage = _tune(recipe, loaded, head, swapped, None if resumed else recipe.tune.start, notes)
     loaded.model.to(device)
-    encoded = {
-        name: encode.encode(task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
-        for name, split in splits.items()
-    }
+    with distributed.first_alone():
+        encoded = {
+            name: encode.encode(task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
+            for name, split in splits.items()
+        }
     models.check_ids(loaded, {name: tokens.ragged["input_ids"][0] for name, tokens in encoded.items()})
     notes += _look_at(facts, encoded, recipe.data.max_length)
     if swapped or ":" in recipe.tune.method:  # code that is not ours: does it fit where it stands?
@@ -114,7 +116,8 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
         say(f"swap    {one}")
     say(f"tune    {ready.coverage}")
     plan = f"{t.epochs} epochs x {ready.windows.per_epoch} windows of {t.batch_size}"
-    say(f"train   {plan}: {ready.steps} steps, {ready.precision} on {ready.device}; {ready.packed}")
+    ranks = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
+    say(f"train   {plan}: {ready.steps} steps, {ready.precision} on {ready.device}{ranks}; {ready.packed}")
     for note in ready.notes:
         say(f"note    {note}")
 
@@ -229,7 +232,9 @@ def _windows(recipe: Recipe, task: Any, model: Any, train: encode.Encoded, devic
     if recipe.train.packing:
         packer, packed = packing.install(model, _probe(train, device))
     size, seed = recipe.train.batch_size, recipe.seed
-    return windows.Windows(train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None), packed
+    share = {"rank": distributed.rank(), "world": distributed.world()}
+    made = windows.Windows(train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None, **share)
+    return made, packed
 
 
 def _probe(train: encode.Encoded, device: torch.device) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine import checkpoint, disk, runs
+from engine import checkpoint, disk, distributed, runs
 from engine.errors import InputError
 from engine.progress import Progress, Settings
 from engine.train import due
@@ -41,7 +41,7 @@ def drift(folder: Path, now: dict[str, Any]) -> list[str]:
     """What makes equal bits unlikely: versions, threads, machine, each as "name: then -> now"."""
     then = _environment(folder)
     pairs = {name: (then["versions"].get(name), version) for name, version in now["versions"].items()}
-    pairs |= {name: (then[name], now[name]) for name in SAID}
+    pairs |= {name: (then[name], now[name]) for name in SAID} | {"processes": (then.get("ranks", 1), now["ranks"])}
     return [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if a != b]
 
 
@@ -50,11 +50,7 @@ def go_on(folder: Path, model: Any, optimizer: Any, scaler: Any, say: Callable[[
 
     A run that was killed before its first save begins at step 0. InputError if it had saved and nothing whole is left.
     """
-    checkpoints = folder / "checkpoints"
-    with disk.refusing(folder, 0):
-        for place in (folder, checkpoints):
-            disk.tidy(place)
-    path = checkpoint.newest(checkpoints, quarantine=True)
+    path = distributed.from_first(_newest(folder) if distributed.rank() == 0 else None)
     if path is None:
         saved = (record.get("checkpoint", "") for record in read_log(folder / "log.jsonl"))
         if any(name.startswith("step-") for name in saved) or (folder / "quarantine").exists():
@@ -66,6 +62,14 @@ def go_on(folder: Path, model: Any, optimizer: Any, scaler: Any, say: Callable[[
     state = checkpoint.read_state(path)
     say(f"resume  {path} (step {state['progress']['step']})")
     return Progress(**state["progress"]), state["log_bytes"]
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; what a crash left half-made is removed, damaged ones are moved to quarantine/."""
+    with disk.refusing(folder, 0):
+        for place in (folder, folder / "checkpoints"):
+            disk.tidy(place)
+    return checkpoint.newest(folder / "checkpoints", quarantine=True)
 
 
 def was_due(progress: Progress, settings: Settings) -> bool:

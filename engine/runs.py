@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import disk, find, vet, yaml12
+from engine import disk, distributed, find, vet, yaml12
 from engine.errors import InputError
 from engine.recipe import Recipe, load
 
@@ -116,7 +116,7 @@ def environment(recipe: Recipe, device: str, sources: dict[str, str], model: dic
     versions = {name: metadata.version(name) for name in packages}
     return {
         "recipe": recipe.name, "python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu(),
-        "versions": versions, "device": device,
+        "versions": versions, "device": device, "ranks": distributed.world(),
         "threads": torch.get_num_threads(), "seed": recipe.seed, "data_sha256": sources,
         "model": model, "layers": code_sha256(recipe),
         "git_commit": _git_commit(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,7 +1,7 @@
 """Every random number, as a pure function of (seed, place): there is almost no random state to save.
 
-Data order comes from (seed, epoch), in engine/data/windows.py; dropout from (seed, step, micro-batch), by re-seeding
-torch's generators before each forward pass. A resumed run therefore draws what the uninterrupted one would have drawn.
+Data order comes from (seed, epoch), in engine/data/windows.py; dropout from (seed, step, micro-batch, rank), by
+re-seeding torch's generators before each forward pass. A resumed run therefore draws what the uninterrupted one would have drawn.
 """
 
 import random

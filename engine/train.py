@@ -13,7 +13,7 @@ Exactness. A mean of the micro-batches' means is not the mean of the window as s
 loss is a SUM over its items, and each part is divided by the items of the whole window, counted before the first
 forward pass. The gradient is then that of one big batch, however the window is cut and on however many processes.
 
-Going on. Order, learning rate, unfreezing and randomness are pure functions of the place (epoch, window, step, micro-batch), so a
+Going on. Order, learning rate, unfreezing and randomness are pure functions of the place (epoch, window, step, micro-batch, rank), so a
 run is resumed by starting further in: `Progress`, the weights, the optimizer and the scaler are its whole state.
 
 Who decides. Everything that steers a run (the learning rate, skipping, stopping, saving) is a line of this file.
@@ -68,12 +68,13 @@ def train(
             items = distributed.total(window.items)
             loss = torch.zeros((), device=device)
             for i, micro_batch in enumerate(window.micro_batches):
-                seeds.seed_all(settings.seed, progress.step, i)  # dropout depends on the place alone
+                seeds.seed_all(settings.seed, progress.step, i, distributed.rank())  # dropout depends on the place alone
                 micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
                 with autocast():
                     part = task.loss(model, micro_batch) / items
                 scaler.scale(part).backward()
                 loss += part.detach()
+            distributed.sum_gradients(trainable, loss)  # over all processes; nothing where there is one
 
             # 2. Update, unless a number is not finite: then this window is left out, and said so.
             factor = schedule(progress.step)

@@ -46,6 +46,17 @@ class Log:
         os.ftruncate(self.file.fileno(), keep)
 
 
+class Quiet:
+    """The log and the bar of the ranks that do not write."""
+
+    def __call__(self, record: Record) -> None: ...
+
+    def sync(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}

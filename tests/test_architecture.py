@@ -16,7 +16,7 @@ LEVELS = [
     {"prepare", "runs", "claim", "resume", "card", "finetune"},
     {"bases", "report"},
     {"predict", "preflight"},
-    {"__main__"},
+    {"__main__", "launch"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(p for p in find.ENGINE.rglob("*.py") if p.name != "__init__.py")

@@ -8,6 +8,9 @@ sorted by length before it is cut, so that little padding is computed.
     window of 8:   [9 23 5 6 31 8 5 12]  ->  sorted  5 5 6 8 9 | 12 23 | 31     (budget 48 padded tokens)
 
 Because order and cut are pure functions, going on in the middle of an epoch is `epoch(n, skip=k)`: slicing.
+
+Of several processes each takes its share of every window: sorted by length, the rows are dealt like cards, so that all
+shares hold about as many tokens. A short last window may leave a rank without a row; its window has no micro-batch.
 """
 
 import itertools
@@ -29,20 +32,22 @@ OVERHEAD = 64  # padded tokens that one more forward and backward pass costs abo
 class Window:
     """One optimizer step's examples: `rows` index the split, `items` is what the loss is divided by."""
 
-    rows: Array
-    micro_batches: list[Batch]
-    items: int
-    tokens: int  # without padding
+    rows: Array  # of all ranks
+    micro_batches: list[Batch]  # of this rank
+    items: int  # of this rank
+    tokens: int  # without padding, of all ranks
 
 
 class Windows:
-    """The windows of one split. `items(batch)` counts what the task's loss sums over."""
+    """The windows of one split. `items(batch)` counts what the task's loss sums over; `rank` of `world` takes its share."""
 
     def __init__(
-        self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int, packed: bool = False
-    ):
+        self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int, packed: bool = False,
+        rank: int = 0, world: int = 1,
+    ):  # fmt: skip
         self.encoded, self.items, self.batch_size, self.tokens, self.seed = encoded, items, batch_size, tokens, seed
         self.packed = packed  # whether the model packs rows, so that padding costs nothing
+        self.rank, self.world = rank, world
         self.per_epoch = math.ceil(len(encoded) / batch_size)
 
     def order(self, epoch: int) -> Array:
@@ -56,8 +61,15 @@ class Windows:
             yield self.window(order[start : start + self.batch_size])
 
     def window(self, rows: Array) -> Window:
-        batches = [self.encoded.batch(part) for part in cut(rows, self.encoded.lengths[rows], self.tokens, self.packed)]
+        batches = [self.encoded.batch(part) for part in self.parts(rows, self.rank)]
         return Window(rows, batches, sum(map(self.items, batches)), int(self.encoded.lengths[rows].sum()))
+
+    def parts(self, rows: Array, rank: int) -> list[Array]:
+        """The micro-batches of one rank's share of a window's `rows`, as row numbers."""
+        lengths = self.encoded.lengths
+        if self.world > 1:
+            rows = rows[np.argsort(lengths[rows], kind="stable")][rank :: self.world]
+        return cut(rows, lengths[rows], self.tokens, self.packed)
 
 
 def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[Array]:
@@ -70,6 +82,8 @@ def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[
     by_length = np.argsort(lengths, kind="stable")
     sizes = lengths[by_length].astype(np.int64)
     n = len(sizes)
+    if n == 0:
+        return []
     if packed:
         ends, held = [n], 0
         for i in range(n - 1, -1, -1):  # from the longest down: a part is full when the next row would not fit
@@ -93,17 +107,21 @@ def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[
     return made[::-1]
 
 
-def in_order(encoded: Encoded, tokens: int) -> Iterator[tuple[Array, Batch]]:
-    """All examples once, for evaluation: sorted by length, cut by `tokens`; yields (row numbers, batch)."""
+def in_order(encoded: Encoded, tokens: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Array, Batch]]:
+    """All examples once, for evaluation: sorted by length, cut by `tokens`; yields (row numbers, batch).
+
+    The batches are the same for any `world`, and so are the outputs to the bit; they are dealt to the ranks in turn.
+    """
     by_length = np.argsort(encoded.lengths, kind="stable")
-    at = 0
+    at = number = 0
     while at < len(by_length):
         size = 1
         while at + size < len(by_length) and (size + 1) * encoded.lengths[by_length[at + size]] <= tokens:
             size += 1
         rows = by_length[at : at + size]
-        yield rows, encoded.batch(rows)
-        at += size
+        if number % world == rank:
+            yield rows, encoded.batch(rows)
+        at, number = at + size, number + 1
 
 
 def describe_plan(windows: Windows, epochs: int, max_steps: int | None) -> dict[str, Any]:
@@ -112,7 +130,7 @@ def describe_plan(windows: Windows, epochs: int, max_steps: int | None) -> dict[
     padded = parts = 0
     for start in range(0, len(order), windows.batch_size):
         rows = order[start : start + windows.batch_size]
-        for part in cut(rows, lengths[rows], windows.tokens, windows.packed):
+        for part in (part for rank in range(windows.world) for part in windows.parts(rows, rank)):
             padded += int(lengths[part].sum()) if windows.packed else len(part) * int(lengths[part].max())
             parts += 1
     steps = windows.per_epoch * epochs
