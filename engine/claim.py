@@ -59,8 +59,8 @@ def own(recipe: Recipe, out: str | None, resume: bool) -> Iterator[Claim]:
             distributed.from_first((mine.folder, mine.state))
             yield mine
     else:
-        folder, state = distributed.from_first(None)
-        yield Claim(recipe, folder, state)
+        told: tuple[Path | None, Literal["new", "begun", "finished"]] = distributed.from_first(None)
+        yield Claim(recipe, *told)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def start() -> None:
     import torch.distributed as dist
 
     backend, place = "gloo", int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and place < torch.cuda.device_count():
+    if torch.cuda.is_available() and _here() <= torch.cuda.device_count():
         torch.cuda.set_device(place)  # from here on "cuda" is this one
         backend = "cpu:gloo,cuda:nccl"
     try:
@@ -88,9 +88,14 @@ def share_devices(kind: str, where: str) -> None:
     if _world > 1 and kind != "cpu":
         import torch
 
-        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", _world)), torch.cuda.device_count() if kind == "cuda" else 1
-        if here > devices:
-            raise InputError(f"{where}: {here} processes and {devices} {kind} devices; NPROC={devices}, or train.device=cpu")
+        devices = torch.cuda.device_count() if kind == "cuda" else 1
+        if _here() > devices:
+            raise InputError(f"{where}: {_here()} processes and {devices} {kind} devices; NPROC={devices}, or train.device=cpu")
+
+
+def _here() -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
 
 
 def total(value: float) -> float:
@@ -191,7 +196,8 @@ def _together(exchange: Callable[[], Any]) -> None:
     except EngineError:
         raise
     except RuntimeError as error:
+        cause = "" if "peer" in str(error) else f" ({str(error).splitlines()[0]})"
         raise RunError(
-            "another process of this run ended without a word (killed, or out of memory?);"
-            f" go on from the last checkpoint with --resume. {str(error).splitlines()[0]}"
+            f"another process of this run ended without a word: killed, or out of memory?{cause}"
+            " Go on from the last checkpoint with --resume."
         ) from error

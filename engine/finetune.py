@@ -252,7 +252,7 @@ def told_again(folder: Path | None, say: Callable[[str], None]) -> Result:
     return Result(folder, Progress(step=results["steps"], best_step=results["best_step"], stopped=results["stopped"]), results)
 
 
-def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Log) -> None:
+def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Callable[[dict[str, Any]], None]) -> None:
     """adapter/ where the method has one, then model/: plain weights that AutoModel*.from_pretrained loads."""
     from engine import card
 

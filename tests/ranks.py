@@ -3,7 +3,6 @@
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py FOLDER
 """
 
-import json
 import os
 import signal
 import sys
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_loop import model_bytes, one_window_gradients
+from test_loop import one_window_gradients
 from transformers import logging
 
-from engine import distributed, finetune, recipe
+from engine import disk, distributed, finetune, recipe, report, seeds
 from engine.interrupt import Interrupt
 
 STILL = ["tune.method=full", "train.clip=null"]
@@ -47,7 +46,7 @@ def main() -> None:
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    interrupt = Interrupt().install()
+    report.write = lambda folder: disk.replace(folder / "report.html", b"report")  # type: ignore[assignment]  # plots take seconds
     distributed.start()
     assert distributed.world() == 2
     rank, found = distributed.rank(), {}
@@ -71,6 +70,10 @@ def main() -> None:
     found["buckets"] = [None if p.grad is None else p.grad.tolist() for p in parameters] + [float(loss)]
     distributed.BUCKET = 1 << 10
 
+    # dropout differs by rank: the seed that the loop sets is another one
+    seeds.seed_all(1, 2, 3, rank)
+    found["draw"] = float(torch.rand(()))
+
     # gradients of each window: even, uneven, one example
     for name, options in (("even", []), ("uneven", ["train.batch_size=13"]), ("one", ["train.batch_size=89"])):
         found[name] = gradients(recipe.load("still.yaml", STILL + options))
@@ -80,17 +83,12 @@ def main() -> None:
         return finetune.finetune(recipe.load(source, options), out, say=print if rank == 0 else lambda line: None, **more)
 
     made = run("whole", "still.yaml", [])
-    found["scores"] = [{k: v for k, v in e.items()} for e in made.progress.evaluations]
+    found["scores"] = made.progress.evaluations
     run("one-two", "still.yaml", [], resume=True)
-    stopped = run("signalled", "still.yaml", [], interrupted=SignalAt("signalled", 4))
+    stopped = run("signalled", "still.yaml", [], interrupted=SignalAt("signalled", 4).install())
     assert stopped.code == 143, stopped.code
     found["stopped"] = stopped.progress.step
-    interrupt.signal = 0
-
-    # dropout differs between the ranks: the same weights, other losses of the same row
     torch.save(found, f"found{rank}.pt")
-    Path(f"facts{rank}.json").write_text(json.dumps({"stopped": stopped.progress.step, "scores": found["scores"]}))
-    assert model_bytes("whole") == model_bytes("whole")
     distributed.stop()
 
 
