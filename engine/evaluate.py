@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import metrics, seeds
+from engine import faults, metrics, seeds
 from engine.data.encode import Encoded
 from engine.data.windows import in_order
 from engine.models import eval_mode
@@ -32,19 +32,36 @@ def outputs(
     device: torch.device,
     autocast: Any,
     interrupted: Callable[[], bool] = lambda: False,
+    shrunk: Callable[[int], None] = lambda tokens: None,
+    places: list[str] | None = None,
 ) -> np.ndarray:
-    """The task's raw outputs for every example, in the examples' order. Raises KeyboardInterrupt once `interrupted` says so."""
+    """The task's raw outputs for every example, in the examples' order. Raises KeyboardInterrupt once `interrupted` says so.
+
+    A batch that does not fit into memory is done again in halves, as are those after it; `shrunk` is told the new `tokens`.
+    RunError names the example (by `places`) that does not fit alone.
+    """
     made: np.ndarray | None = None
+    done = 0
     with seeds.untouched(), eval_mode(model), torch.inference_mode():
-        for rows, batch in in_order(encoded, tokens):
-            if interrupted():
-                raise KeyboardInterrupt
-            with autocast():
-                part = task.forward(model, {k: v.to(device, non_blocking=True) for k, v in batch.items()})
-            part = part.float().cpu().numpy()
-            if made is None:
-                made = np.empty((len(encoded), *part.shape[1:]), dtype=part.dtype)
-            made[rows] = part
+        while done < len(encoded):
+            for rows, batch in in_order(encoded, tokens, done):
+                if interrupted():
+                    raise KeyboardInterrupt
+                with faults.Memory() as memory:
+                    with autocast():
+                        part = task.forward(model, {k: v.to(device, non_blocking=True) for k, v in batch.items()})
+                    part = part.float().cpu().numpy()
+                if memory.short:
+                    faults.release()
+                    if len(rows) == 1:
+                        raise faults.too_large(places[rows[0]] if places else f"example {rows[0]}", "evaluation")
+                    tokens = len(rows) * int(encoded.lengths[rows].max()) // 2
+                    shrunk(tokens)
+                    break
+                if made is None:
+                    made = np.empty((len(encoded), *part.shape[1:]), dtype=part.dtype)
+                made[rows] = part
+                done += len(rows)
     assert made is not None, "an empty split reached evaluation"
     return made
 

@@ -87,6 +87,7 @@ def prepare(
     models.check_ids(loaded, {name: tokens.ragged["input_ids"][0] for name, tokens in encoded.items()})
     notes += _look_at(facts, encoded, recipe.data.max_length)
     made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
+    made.places = splits["train"].table.places
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
     rates, timetable = _tempo(recipe, loaded.model, method, head, made.per_epoch)

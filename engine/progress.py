@@ -29,10 +29,11 @@ class Settings:
     steps: int  # in all
     seed: int
     clip: float | None
-    max_skipped: int
+    max_skipped: int  # in a row
     evaluate_every: int | str | None  # a number of steps, "epoch", or None
     save_every: int | str
     monitor: str | None = None
     lower_is_better: bool = False
     patience: int | None = None
     min_delta: float = 0.0
+    max_skipped_in_run: int = 10

@@ -39,9 +39,11 @@ class Windows:
     """The windows of one split. `items(batch)` counts what the task's loss sums over."""
 
     def __init__(
-        self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int, packed: bool = False
-    ):
+        self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int, packed: bool = False,
+        places: list[str] | None = None,
+    ):  # fmt: skip
         self.encoded, self.items, self.batch_size, self.tokens, self.seed = encoded, items, batch_size, tokens, seed
+        self.places = places  # "file:line" of each example
         self.packed = packed  # whether the model packs rows, so that padding costs nothing
         self.per_epoch = math.ceil(len(encoded) / batch_size)
 
@@ -58,6 +60,21 @@ class Windows:
     def window(self, rows: Array) -> Window:
         batches = [self.encoded.batch(part) for part in cut(rows, self.encoded.lengths[rows], self.tokens, self.packed)]
         return Window(rows, batches, sum(map(self.items, batches)), int(self.encoded.lengths[rows].sum()))
+
+    def smaller(self, window: Window) -> Window | None:
+        """The same rows with half the tokens a micro-batch, the budget of all windows from now on; None if each is one row."""
+        lengths = self.encoded.lengths
+        parts = [lengths[part] for part in cut(window.rows, lengths[window.rows], self.tokens, self.packed)]
+        loads = [int(p.sum() if self.packed else len(p) * p.max()) for p in parts if len(p) > 1]
+        if not loads:
+            return None
+        self.tokens = max(loads) // 2  # of what was computed: the budget itself may be far above it
+        return self.window(window.rows)
+
+    def where(self, rows: Array) -> list[str]:
+        """Where examples stand, the longest first, for messages: "file:line", or their number in the split."""
+        longest_first = rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
+        return [self.places[i] if self.places else f"example {i}" for i in longest_first.tolist()]
 
 
 def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[Array]:
@@ -93,10 +110,10 @@ def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[
     return made[::-1]
 
 
-def in_order(encoded: Encoded, tokens: int) -> Iterator[tuple[Array, Batch]]:
-    """All examples once, for evaluation: sorted by length, cut by `tokens`; yields (row numbers, batch)."""
+def in_order(encoded: Encoded, tokens: int, done: int = 0) -> Iterator[tuple[Array, Batch]]:
+    """All examples but the first `done`, for evaluation: sorted by length, cut by `tokens`; yields (row numbers, batch)."""
     by_length = np.argsort(encoded.lengths, kind="stable")
-    at = 0
+    at = done
     while at < len(by_length):
         size = 1
         while at + size < len(by_length) and (size + 1) * encoded.lengths[by_length[at + size]] <= tokens:
