@@ -112,8 +112,8 @@ def hopeless(progress: Progress, settings: Settings, model: nn.Module) -> bool:
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Asked before a checkpoint is written, so that no saved weight is ever NaN. Float parameters and buffers alone."""
-    return finite([*model.parameters(), *model.buffers()])
+    """Asked before a checkpoint is written, so that no saved weight is ever NaN. Buffers may hold -inf: masks."""
+    return finite(model.parameters())
 
 
 def first_not_finite(model: nn.Module, again: Callable[[], Any]) -> str:
