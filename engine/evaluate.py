@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import distributed, metrics, seeds
+from engine import distributed, faults, metrics, seeds
 from engine.data.encode import Encoded
-from engine.data.windows import in_order
+from engine.data.windows import fitting, in_order
 from engine.models import eval_mode
 
 
@@ -32,23 +32,40 @@ def outputs(
     device: torch.device,
     autocast: Any,
     interrupted: Callable[[], bool] = lambda: False,
+    shrunk: Callable[[int], None] = lambda tokens: None,
+    places: list[str] | None = None,
 ) -> np.ndarray:
     """The task's raw outputs for every example, in the examples' order. Raises KeyboardInterrupt once `interrupted` says so.
 
-    Of several processes each computes its share, and all get the whole; a signal at one of them stops all.
+    Of several processes each computes its share, and all get the whole; a signal at one of them stops all. The batches are
+    the same for any number of processes, and so are the outputs to the bit; they are dealt to the ranks in turn.
+
+    A batch that does not fit into memory is done again in parts, as are those after it; `shrunk` is told the new `tokens`.
+    RunError names the example (by `places`) that does not fit alone.
     """
     parts: list[tuple[np.ndarray, np.ndarray]] = []  # (row numbers, outputs) of this rank's batches
-    stopped = False
+    todo, budget, stopped = in_order(encoded, tokens)[distributed.rank() :: distributed.world()], tokens, False
     with seeds.untouched(), eval_mode(model), torch.inference_mode():
-        for rows, batch in in_order(encoded, tokens, distributed.rank(), distributed.world()):
-            stopped = interrupted()
-            if stopped:
-                break
-            with autocast():
-                part = task.forward(model, {k: v.to(device, non_blocking=True) for k, v in batch.items()})
-            parts.append((rows, part.float().cpu().numpy()))
+        while todo and not stopped:
+            rows = todo[0]
+            with faults.Memory(alone=True) as memory:
+                batch = {k: v.to(device, non_blocking=True) for k, v in encoded.batch(rows).items()}
+                with autocast():
+                    part = task.forward(model, batch)
+                parts.append((rows, part.float().cpu().numpy()))
+            if memory.short:
+                faults.release()
+                if len(rows) == 1:
+                    raise faults.too_large(places[rows[0]] if places else f"example {rows[0]}", "evaluation")
+                budget = len(rows) * int(encoded.lengths[rows].max()) // 2
+                todo = [part for rows in todo for part in fitting(rows, encoded.lengths, budget)]
+            else:
+                del todo[0]
+            stopped = bool(todo) and interrupted()
     if distributed.largest(int(stopped)):
         raise KeyboardInterrupt
+    if (least := -int(distributed.largest(-budget))) < tokens:
+        shrunk(least)
     everyone = [part for of_rank in distributed.gather(parts) for part in of_rank]
     assert everyone, "an empty split reached evaluation"
     made = np.empty((len(encoded), *everyone[0][1].shape[1:]), dtype=everyone[0][1].dtype)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import adapters, checkpoint, disk, distributed, evaluate, freeze, metrics, optim, resume, runs
+from engine import adapters, checkpoint, disk, distributed, evaluate, faults, freeze, metrics, optim, resume, runs
 from engine.claim import Claim, own
 from engine.data import rows, windows
 from engine.errors import RunError
@@ -59,7 +59,7 @@ def finetune(
     with contextlib.nullcontext(claim) if claim else own(recipe, out, resume) as owned:
         try:
             return told_again(owned.folder, say) if owned.state == "finished" else _run(owned, say, interrupted or Interrupt())
-        except disk.DiskError as error:
+        except (disk.DiskError, faults.FaultError) as error:
             good = checkpoint.last_good(owned.folder / "checkpoints") if owned.folder else "nothing was begun"
             raise RunError(f"{error}; {good}") from error
 
@@ -107,8 +107,14 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         "tokens": ready.windows.tokens * EVALUATION_TOKENS, "device": ready.device, "autocast": autocast, "interrupted": interrupt,
     }  # fmt: skip
 
+    def shrunk(tokens: int) -> None:
+        how["tokens"] = tokens  # of evaluation alone; training's budget is its own
+        write({"event": "memory", "step": progress.step, "during": "evaluation", "tokens": tokens})
+
+    how["shrunk"] = shrunk
+
     def score(name: str) -> evaluate.Scored:
-        made = evaluate.outputs(model, task, ready.encoded[name], **how)
+        made = evaluate.outputs(model, task, ready.encoded[name], places=ready.splits[name].table.places, **how)
         return evaluate.score(task, made, ready.encoded[name].scalars["labels"], ready.metrics)
 
     def validate() -> dict[str, float] | None:
@@ -123,6 +129,9 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
 
     def save(kind: str) -> None:
         name = f"{kind}-{progress.step:08d}"
+        if not faults.weights_are_finite(model):
+            raise faults.FaultError(f"step {progress.step}: weights are not finite after the update, and were not saved. Cure: a lower"
+                               " train.learning_rate, or a larger train.eps.")  # fmt: skip
         if not writes:
             distributed.barrier()
             return
@@ -138,6 +147,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     stop = recipe.early_stopping
     settings = Settings(
         steps=ready.steps, seed=recipe.seed, clip=recipe.train.clip, max_skipped=recipe.train.max_skipped,
+        max_skipped_in_run=recipe.train.max_skipped_in_run,
         evaluate_every=recipe.evaluate.every if "validation" in ready.encoded else None, save_every=recipe.checkpoint.every,
         monitor=stop.monitor if stop else None, lower_is_better=bool(stop and stop.monitor in metrics.LOWER_IS_BETTER),
         patience=stop.patience if stop else None, min_delta=stop.min_delta if stop else 0.0,

@@ -93,6 +93,7 @@ def prepare(
             key = "swap" if swapped else "tune.method"
             swap.probe(loaded.model, swapped, _probe(encoded["train"], device), f"{recipe.where(key)}: {key}")
     made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
+    made.places = splits["train"].table.places
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
     rates, timetable = _tempo(recipe, loaded.model, method, head, made.per_epoch)

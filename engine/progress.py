@@ -1,5 +1,6 @@
-"""Where a run is, and what steers it: the two plain records that the loop reads and writes."""
+"""Where a run is, and what steers it: the two plain records that the loop reads and writes; when things are due."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -29,10 +30,32 @@ class Settings:
     steps: int  # in all
     seed: int
     clip: float | None
-    max_skipped: int
+    max_skipped: int  # in a row
     evaluate_every: int | str | None  # a number of steps, "epoch", or None
     save_every: int | str
     monitor: str | None = None
     lower_is_better: bool = False
     patience: int | None = None
     min_delta: float = 0.0
+    max_skipped_in_run: int = 10
+
+
+def due(every: int | str | None, step: int, end_of_epoch: bool, last: bool) -> bool:
+    """Whether something that happens `every` epoch or number of steps happens after this step; always after the last."""
+    if every is None:
+        return False
+    return last or (end_of_epoch if every == "epoch" else step % int(every) == 0)
+
+
+def judge(progress: Progress, settings: Settings, scores: dict[str, float]) -> bool:
+    """Take note of an evaluation; True if it is the best so far. A metric that is not a number is never best."""
+    progress.evaluations.append({"step": progress.step, **scores})
+    if settings.monitor is None:
+        return False
+    value = scores[settings.monitor] * (-1 if settings.lower_is_better else 1)
+    gained = math.isfinite(value) and (progress.best is None or value > progress.best + settings.min_delta)
+    if gained:
+        progress.best, progress.best_step, progress.stale = value, progress.step, 0
+    else:
+        progress.stale += 1
+    return gained

@@ -13,8 +13,7 @@ from typing import Any
 
 from engine import checkpoint, disk, distributed, runs
 from engine.errors import InputError
-from engine.progress import Progress, Settings
-from engine.train import due
+from engine.progress import Progress, Settings, due
 from engine.watch import read_log
 
 SAID = ("python", "platform", "cpu", "device", "threads")

@@ -145,7 +145,8 @@ class Train(Group):
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs.")
     batch_size: int = Field(32, ge=1, description="Examples in one optimizer step; micro-batches split it exactly.")
     micro_batch_tokens: Annotated[int | str, BeforeValidator(_tokens), "number of tokens, or auto"] = Field(
-        "auto", description="Padded tokens in one forward pass: the memory knob, it never changes the result."
+        "auto",
+        description="Padded tokens in one forward pass: the memory knob, it never changes the result. Halved when memory runs out.",
     )
     packing: bool = Field(True, description="Let short examples share a row where the architecture allows; changes speed alone.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
@@ -160,7 +161,10 @@ class Train(Group):
     precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32", description="Autocast type; auto is bfloat16 where the device computes it, else float32."
     )
-    max_skipped: int = Field(3, ge=0, description="Steps with non-finite gradients to skip in a row before stopping.")
+    max_skipped: int = Field(
+        3, ge=0, description="Steps to leave out in a row because their numbers are not finite, twice; one more is an error."
+    )
+    max_skipped_in_run: int = Field(10, ge=0, description="The same for a whole run.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
 

@@ -13,8 +13,12 @@ Exactness. A mean of the micro-batches' means is not the mean of the window as s
 loss is a SUM over its items, and each part is divided by the items of the whole window, counted before the first
 forward pass. The gradient is then that of one big batch, however the window is cut and on however many processes.
 
-Going on. Order, learning rate, unfreezing and randomness are pure functions of the place (epoch, window, step, micro-batch, rank), so a
-run is resumed by starting further in: `Progress`, the weights, the optimizer and the scaler are its whole state.
+Going on. Order, learning rate, unfreezing and randomness are pure functions of the place (epoch, window, step,
+micro-batch, rank), so a run is resumed by starting further in: `Progress`, the weights, the optimizer and the scaler
+are its whole state.
+
+When it goes wrong. No update is made of numbers that are not finite: the window is replayed, then left out, then it is an
+error. Where memory runs out the window is cut smaller and its step done anew. Both are told in faults.py.
 
 Who decides. Everything that steers a run (the learning rate, skipping, stopping, saving) is a line of this file.
 `evaluate`, `save` and `write` do as they are told; nothing that watches can interfere.
@@ -22,15 +26,15 @@ Who decides. Everything that steers a run (the learning rate, skipping, stopping
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from engine import distributed, seeds
-from engine.errors import RunError
-from engine.progress import Progress, Settings
+from engine import distributed, faults, seeds
+from engine.progress import Progress, Settings, due, judge
 
 Evaluate = Callable[[], dict[str, float] | None]  # the scores; None if a signal came on the way
 Save = Callable[[str], None]  # "step": all it takes to go on; "best": the weights
@@ -41,7 +45,7 @@ Poll = Callable[[], bool]
 def train(
     model: nn.Module,
     task: Any,  # task.loss(model, micro_batch) -> the SUM of the losses of its items
-    windows: Any,  # windows.epoch(n, skip) -> windows with .micro_batches, .items, .tokens
+    windows: Any,  # .epoch(n, skip) -> windows with .rows, .micro_batches, .items, .tokens; .smaller(window); .where(rows)
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,  # of float16; does nothing for the other types
     schedule: Callable[[int], float],  # step -> factor of the learning rate
@@ -58,61 +62,92 @@ def train(
 ) -> Progress:
     """Train until the epochs are over, patience has run out or someone interrupts; returns the progress."""
     model.train()
+    scaler.scale(torch.zeros((), device=device))  # makes its tensors, before anything can fail
+    run = partial(gradients, model, task, scaler, device, autocast)
 
     if progress.unjudged:
         decide(progress, settings, windows.per_epoch, evaluate, save, write, interrupted)
     while progress.step < settings.steps and not progress.stopped:
         for window in windows.epoch(progress.epoch, skip=progress.window):
-            # 1. Gradients: the sum over all micro-batches, divided once by the items of the whole window.
-            trainable = thaw(progress.step)
-            items = distributed.total(window.items)
-            loss = torch.zeros((), device=device)
-            for i, micro_batch in enumerate(window.micro_batches):
-                seeds.seed_all(settings.seed, progress.step, i, distributed.rank())  # dropout depends on the place alone
-                micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-                with autocast():
-                    part = task.loss(model, micro_batch) / items
-                scaler.scale(part).backward()
-                loss += part.detach()
-            distributed.sum_gradients(trainable, loss)  # over all processes; nothing where there is one
-
-            # 2. Update, unless a number is not finite: then this window is left out, and said so.
-            factor = schedule(progress.step)
+            trainable, factor, place = thaw(progress.step), schedule(progress.step), (settings.seed, progress.step)
+            items, replayed = distributed.total(window.items), False
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            scaler.unscale_(optimizer)  # clip the true gradients
-            norm = float(clip_grad_norm_(trainable, settings.clip or math.inf))
-            finite = math.isfinite(norm) and math.isfinite(float(loss))
-            if finite:
-                scaler.step(optimizer)
-            elif not math.isfinite(float(loss)) or scaler.get_scale() <= 1:  # else float16 only lowers its scale
-                progress.skipped += 1
-                progress.skipped_in_row += 1
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            while True:  # the same window from clean gradients, until it is used or given up
+                # 1. Gradients: the sum over all micro-batches, divided once by the items of the whole window.
+                with faults.Memory() as memory:
+                    mean = run(window, items, place)
+
+                # 2. Update, unless a number is not finite.
+                if not memory.short:
+                    distributed.sum_gradients(trainable, mean)  # over all processes; nothing where there is one
+                    with faults.Memory(optimizer) as memory:
+                        scaler.unscale_(optimizer)  # clip the true gradients
+                        norm = float(clip_grad_norm_(trainable, settings.clip or math.inf))
+                        loss = float(mean)
+                        finite = math.isfinite(norm) and math.isfinite(loss)
+                        if finite:
+                            scaler.step(optimizer)
+                if memory.short:
+                    window = faults.smaller(windows, window, progress, write)
+                elif finite or replayed:
+                    break
+                elif math.isfinite(loss) and scaler.get_scale() > 1:  # float16 overflowed: its scale goes down, to 1 at the least
+                    scaler.update(max(1.0, scaler.get_scale() / 2))
+                else:
+                    replayed = True  # with the same seeds: what is not finite again is not chance
+                faults.clean(optimizer, scaler)
 
             progress.step += 1
             progress.window += 1
             if finite:
+                scaler.update()
                 progress.skipped_in_row = 0
                 progress.items += int(items)
-                progress.loss_sum += float(loss) * items
+                progress.loss_sum += loss * items
+            else:
+                faults.clean(optimizer, scaler)
+                progress.skipped += 1
+                progress.skipped_in_row += 1
+            optimizer.zero_grad(set_to_none=True)
+            rate = optimizer.defaults["lr"] * factor
+            if finite and replayed:
+                write({"event": "replayed", "step": progress.step})
             write({
-                "event": "step" if finite else "skipped", "step": progress.step, "epoch": progress.epoch, "loss": float(loss),
-                "grad_norm": norm, "learning_rate": optimizer.defaults["lr"] * factor, "items": items, "tokens": window.tokens,
+                "event": "step" if finite else "skipped", "step": progress.step, "epoch": progress.epoch, "loss": loss,
+                "grad_norm": norm, "learning_rate": rate, "items": items, "tokens": window.tokens,
             })  # fmt: skip
-            if progress.skipped_in_row > settings.max_skipped:
-                raise RunError(
-                    f"step {progress.step}: loss {float(loss)} and gradient norm {norm} are not finite, {progress.skipped_in_row} times"
-                    f" in a row, at learning rate {optimizer.defaults['lr'] * factor:.2e}. Cures: a lower train.learning_rate, more"
-                    " train.warmup, train.precision=float32 or bfloat16, or a look at the rows of these windows."
-                )
+            if not finite and faults.hopeless(progress, settings, model):
+                began = faults.first_not_finite(model, partial(run, window, items, place))
+                raise faults.diverged(progress, loss, norm, rate, began, windows.where(window.rows))
 
             # 3. Decisions: evaluate, stop, save.
             decide(progress, settings, windows.per_epoch, evaluate, save, write, interrupted)
             if progress.stopped:
                 break
     return progress
+
+
+def gradients(
+    model: nn.Module,
+    task: Any,
+    scaler: Any,
+    device: torch.device,
+    autocast: Any,
+    window: Any,
+    items: float,
+    place: tuple[int, int],
+) -> torch.Tensor:
+    """Leave this rank's part of the (scaled) gradient of the window's mean loss in .grad; returns its part of that loss, a scalar."""
+    loss = torch.zeros((), device=device)
+    for i, micro_batch in enumerate(window.micro_batches):
+        seeds.seed_all(*place, i, distributed.rank())  # dropout depends on the place alone
+        micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+        with autocast():
+            part = task.loss(model, micro_batch) / items
+        scaler.scale(part).backward()
+        loss += part.detach()
+    return loss
 
 
 def decide(
@@ -143,24 +178,3 @@ def decide(
         save("step")
         if not progress.stopped and interrupted():  # it came during the save: nothing is left to be done
             progress.stopped = "interrupted"
-
-
-def due(every: int | str | None, step: int, end_of_epoch: bool, last: bool) -> bool:
-    """Whether something that happens `every` epoch or number of steps happens after this step; always after the last."""
-    if every is None:
-        return False
-    return last or (end_of_epoch if every == "epoch" else step % int(every) == 0)
-
-
-def judge(progress: Progress, settings: Settings, scores: dict[str, float]) -> bool:
-    """Take note of an evaluation; True if it is the best so far. A metric that is not a number is never best."""
-    progress.evaluations.append({"step": progress.step, **scores})
-    if settings.monitor is None:
-        return False
-    value = scores[settings.monitor] * (-1 if settings.lower_is_better else 1)
-    gained = math.isfinite(value) and (progress.best is None or value > progress.best + settings.min_delta)
-    if gained:
-        progress.best, progress.best_step, progress.stale = value, progress.step, 0
-    else:
-        progress.stale += 1
-    return gained

@@ -107,7 +107,15 @@ class Bar:
             self.bar.set_postfix_str(f"{loss}lr {record['learning_rate']:.1e}, {rate:,.0f} tok/s", refresh=False)
             self.bar.update()
             if record["event"] == "skipped":
-                self.say(f"step {record['step']}: the numbers were not finite (loss {value}); this step was skipped")
+                self.say(f"step {record['step']}: the numbers were not finite (loss {value}), twice; this step was skipped")
+        elif record["event"] == "memory":
+            self.say(
+                f"step {record['step']}: memory ran out in {record['during']}; from now on {record['tokens']:,} tokens at once"
+            )
+        elif record["event"] == "replayed":
+            self.say(
+                f"step {record['step']}: the numbers were not finite, and were when it was replayed: chance, or faulty hardware"
+            )
         elif record["event"] == "evaluation":
             scores = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float))
             self.say(f"step {record['step']:>5}/{self.steps}  validation  {scores}{'  *best' if record['best'] else ''}")

@@ -8,7 +8,7 @@ from engine import find
 
 LEVELS = [
     {"errors", "find", "yaml12", "vet", "seeds", "distributed", "interrupt", "hub", "watch", "disk", "lock", "progress"},
-    {"schema", "recipe"},
+    {"schema", "recipe", "faults"},
     {"data", "swap", "metrics"},
     {"models", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},
     {"checkpoint", "evaluate"},
@@ -49,7 +49,7 @@ def test_every_room_has_a_level_and_imports_only_lower_ones() -> None:
 
 
 def test_the_loop_imports_torch_and_few_rooms_and_stays_readable() -> None:
-    assert imports(find.ENGINE / "train.py") == {"distributed", "seeds", "errors", "progress"}
+    assert imports(find.ENGINE / "train.py") == {"distributed", "faults", "seeds", "progress"}
     tree = ast.parse((find.ENGINE / "train.py").read_text("utf-8"))
     loop = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train")
     assert loop.end_lineno

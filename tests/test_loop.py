@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from engine import checkpoint, evaluate, finetune, freeze, optim, prepare
 from engine.errors import RunError
-from engine.progress import Progress, Settings
-from engine.train import due, judge, train
+from engine.progress import Progress, Settings, due, judge
+from engine.train import train
 
 QUIET = {"say": lambda line: None}
 

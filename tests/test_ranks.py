@@ -19,7 +19,7 @@ from test_loop import one_window_gradients, relative, run
 from test_windows import encoded
 
 from engine import checkpoint, disk, distributed, find, recipe, report, seeds
-from engine.data.windows import Windows, in_order
+from engine.data.windows import Windows
 
 ENVIRONMENT = {
     **os.environ, "PYTHONPATH": f"{find.PROJECT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
@@ -217,8 +217,6 @@ def test_the_shares_of_all_ranks_are_the_window(world: int, packed: bool) -> Non
         assert sum(w.items for w, _ in shares) == window.items
         assert {w.tokens for w, _ in shares} == {window.tokens}
         assert max(len(s) for _, s in shares) - min(len(s) for _, s in shares) <= 1
-    dealt = [rows.tolist() for rank in range(world) for rows, _ in in_order(encoded(lengths), 64, rank, world)]
-    assert sorted(dealt) == sorted(rows.tolist() for rows, _ in in_order(encoded(lengths), 64))
 
 
 def test_one_process_pays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

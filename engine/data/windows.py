@@ -43,9 +43,10 @@ class Windows:
 
     def __init__(
         self, encoded: Encoded, items: Callable[[Batch], int], *, batch_size: int, tokens: int, seed: int, packed: bool = False,
-        rank: int = 0, world: int = 1,
+        places: list[str] | None = None, rank: int = 0, world: int = 1,
     ):  # fmt: skip
         self.encoded, self.items, self.batch_size, self.tokens, self.seed = encoded, items, batch_size, tokens, seed
+        self.places = places  # "file:line" of each example
         self.packed = packed  # whether the model packs rows, so that padding costs nothing
         self.rank, self.world = rank, world
         self.per_epoch = math.ceil(len(encoded) / batch_size)
@@ -70,6 +71,21 @@ class Windows:
         if self.world > 1:
             rows = rows[np.argsort(lengths[rows], kind="stable")][rank :: self.world]
         return cut(rows, lengths[rows], self.tokens, self.packed)
+
+    def smaller(self, window: Window) -> Window | None:
+        """The same rows with half the tokens a micro-batch, the budget of all windows and ranks from now on; None if each is one row."""
+        lengths = self.encoded.lengths
+        parts = [lengths[part] for rank in range(self.world) for part in self.parts(window.rows, rank)]
+        loads = [int(p.sum() if self.packed else len(p) * p.max()) for p in parts if len(p) > 1]
+        if not loads:
+            return None
+        self.tokens = max(loads) // 2  # of what was computed: the budget itself may be far above it
+        return self.window(window.rows)
+
+    def where(self, rows: Array) -> list[str]:
+        """Where examples stand, the longest first, for messages: "file:line", or their number in the split."""
+        longest_first = rows[np.argsort(-self.encoded.lengths[rows], kind="stable")]
+        return [self.places[i] if self.places else f"example {i}" for i in longest_first.tolist()]
 
 
 def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[Array]:
@@ -107,21 +123,21 @@ def cut(rows: Array, lengths: Array, budget: int, packed: bool = False) -> list[
     return made[::-1]
 
 
-def in_order(encoded: Encoded, tokens: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Array, Batch]]:
-    """All examples once, for evaluation: sorted by length, cut by `tokens`; yields (row numbers, batch).
+def in_order(encoded: Encoded, tokens: int) -> list[Array]:
+    """All examples once, for evaluation, as row numbers: sorted by length, cut by `tokens` padded ones."""
+    return fitting(np.argsort(encoded.lengths, kind="stable"), encoded.lengths, tokens)
 
-    The batches are the same for any `world`, and so are the outputs to the bit; they are dealt to the ranks in turn.
-    """
-    by_length = np.argsort(encoded.lengths, kind="stable")
-    at = number = 0
+
+def fitting(by_length: Array, lengths: Array, tokens: int) -> list[Array]:
+    """Rows, the shortest first, cut so that each part padded to its longest holds at most `tokens`, or is one row."""
+    parts, at = [], 0
     while at < len(by_length):
         size = 1
-        while at + size < len(by_length) and (size + 1) * encoded.lengths[by_length[at + size]] <= tokens:
+        while at + size < len(by_length) and (size + 1) * lengths[by_length[at + size]] <= tokens:
             size += 1
-        rows = by_length[at : at + size]
-        if number % world == rank:
-            yield rows, encoded.batch(rows)
-        at, number = at + size, number + 1
+        parts.append(by_length[at : at + size])
+        at += size
+    return parts
 
 
 def describe_plan(windows: Windows, epochs: int, max_steps: int | None) -> dict[str, Any]:
