@@ -233,8 +233,10 @@ def _windows(recipe: Recipe, task: Any, model: Any, train: encode.Encoded, devic
     if recipe.train.packing:
         packer, packed = packing.install(model, _probe(train, device))
     size, seed = recipe.train.batch_size, recipe.seed
-    share = {"rank": distributed.rank(), "world": distributed.world()}
-    made = windows.Windows(train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None, **share)
+    made = windows.Windows(
+        train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None,
+        rank=distributed.rank(), world=distributed.world(),
+    )  # fmt: skip
     return made, packed
 
 
