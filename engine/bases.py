@@ -54,9 +54,8 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
     return runs.Run(folder, recipe, task, model.eval(), loaded.tokenizer, {}), method
 
 
-def share(model: nn.Module, table: dict[str, nn.Parameter]) -> int:
-    """Let parameters that are bit-equal to the table's be the table's; add the others to it. Returns how many are shared."""
-    count = 0
+def share(model: nn.Module, table: dict[str, nn.Parameter]) -> None:
+    """Let parameters that are bit-equal to the table's be the table's; add the others to it."""
     for path, module in model.named_modules():
         for leaf, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -65,8 +64,6 @@ def share(model: nn.Module, table: dict[str, nn.Parameter]) -> int:
             known = table.setdefault(name, parameter)
             if known is not parameter and known.shape == parameter.shape and torch.equal(known, parameter):
                 module._parameters[leaf] = known
-                count += parameter.numel()
-    return count
 
 
 def probe(tokenizer: Any, device: torch.device) -> dict[str, Tensor]:

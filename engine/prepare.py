@@ -179,7 +179,7 @@ def _tune(
         if start:
             where = "tune.start"
             adapter = adapters.read(adapters.locate(start, where, (recipe.path.parent,)), where)
-            notes.append(adapters.load(loaded.model, method, recipe.tune, adapter, head, where))
+            notes.append("begun from " + adapters.load(loaded.model, method, recipe.tune, adapter, head, where))
         freeze.by_pattern(loaded.model, recipe.tune.freeze or [], recipe.tune.train or [])
     except InputError as error:
         raise InputError(f"{recipe.where('tune')}: {error}") from error
