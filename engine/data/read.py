@@ -39,6 +39,7 @@ MAGIC = {
     b"PK\x03\x04": "it is a zip or Excel file; unpack or export it first", b"PAR1": "it is parquet; set data.format=parquet",
 }  # fmt: skip
 DIGITS = "a number of thousands of digits stands here"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # an owner, a name or a configuration
 DEEPEST = 64  # levels of nesting in one row
 csv.field_size_limit(1 << 27)  # a document may be one field
 
@@ -308,7 +309,7 @@ def _read_hub(source: str, where: str, table: Table) -> None:
 
     name, _, split = source.removeprefix("hub:").partition("#")
     parts = name.split("/")
-    if not split or len(parts) not in (1, 2, 3):
+    if not split or len(parts) not in (1, 2, 3) or not all(HUB_NAME.fullmatch(part) for part in parts):
         raise InputError(f"{where}: '{source}' should be hub:OWNER/NAME[/CONFIG]#SPLIT, such as hub:stanfordnlp/imdb#train")
     import datasets
 
