@@ -59,7 +59,7 @@ def finetune(
     with contextlib.nullcontext(claim) if claim else own(recipe, out, resume) as owned:
         try:
             return told_again(owned.folder, say) if owned.state == "finished" else _run(owned, say, interrupted or Interrupt())
-        except (disk.DiskError, faults.FaultError) as error:
+        except (disk.DiskError, faults.FaultError, distributed.RankLostError) as error:
             good = checkpoint.last_good(owned.folder / "checkpoints") if owned.folder else "nothing was begun"
             raise RunError(f"{error}; {good}") from error
 
