@@ -126,7 +126,8 @@ class Packing:
         self.plan: Plan | None = None
         self.unpacked = False  # whether the last layer has left one position an example already (engine/fast/last_layer.py)
         body = getattr(model, model.base_model_prefix)
-        self.config, self.embeddings = body.config, getattr(body, "embeddings", None)
+        self.config = body.config
+        self.embeddings: Any = getattr(body, "embeddings", None)
         self.names = list(inspect.signature(body.forward).parameters)
         self.first = positions(model)[1]
         # a pooler is within the body and reads what the encoder returns; what else a body returns goes to the head
