@@ -20,7 +20,7 @@ from engine import adapters, checkpoint, disk, distributed, evaluate, faults, fr
 from engine.claim import Claim, own
 from engine.data import windows
 from engine.errors import RunError
-from engine.fast import kernels
+from engine.fast import ahead, kernels
 from engine.interrupt import Interrupt
 from engine.prepare import Prepared, prepare, summed, tell
 from engine.progress import Progress, Settings
@@ -166,7 +166,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
             log({"event": "kernels", "found": products})
         with contextlib.closing(bar):
             train(
-                model, task, ready.windows, optimizer, scaler,
+                model, task, ahead.Ahead(ready.windows, ready.device) if t.ahead else ready.windows, optimizer, scaler,
                 optim.schedule(recipe.train.schedule, recipe.train.warmup, ready.steps), lambda step: freeze.thaw(model, step),
                 settings, progress, device=ready.device, autocast=autocast, evaluate=validate, save=save, write=write,
                 interrupted=agreed,

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from engine import adapters, distributed, find, freeze, models, optim, seeds, swap
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError, plain, quoted
-from engine.fast import packing
+from engine.fast.install import install
 from engine.recipe import Recipe
 
 
@@ -96,7 +95,8 @@ def prepare(
         with models.eval_mode(loaded.model):
             key = "swap" if swapped else "tune.method"
             swap.probe(loaded.model, swapped, _probe(encoded["train"], device), f"{recipe.where(key)}: {key}")
-    made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
+    pieces = install(loaded.model, recipe, _probe(encoded["train"], device))
+    made = _windows(recipe, task, encoded["train"], device, packed=pieces.packing is not None)
     made.places = encoded["train"].places(splits["train"].table.places)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
@@ -104,7 +104,7 @@ def prepare(
     coverage += timetable
     ready = Prepared(
         recipe, task, splits, facts, encoded, loaded, method, head, own, rates, swapped, coverage, made, steps, device, kind, names,
-        packed, notes,
+        "; ".join(pieces.said), notes,
     )  # fmt: skip
     announce(ready, say)
     return ready
@@ -228,26 +228,19 @@ def _look_at(facts: dict[str, Any], encoded: dict[str, encode.Encoded], max_leng
     return notes
 
 
-def _windows(recipe: Recipe, task: Any, model: Any, train: encode.Encoded, device: torch.device) -> tuple[windows.Windows, str]:
-    """The windows of train, and what was found about packing."""
+def _windows(recipe: Recipe, task: Any, train: encode.Encoded, device: torch.device, *, packed: bool) -> windows.Windows:
+    """The windows of train."""
     budget = recipe.train.micro_batch_tokens
     if budget == "auto":
         budget = 1024 if device.type == "cpu" else 16384  # a CPU's caches like small batches, a GPU large ones
-    packer, packed = None, "rows are not packed: train.packing is false"
-    if recipe.train.packing:
-        packer, packed = packing.install(model, _probe(train, device))
-    size, seed = recipe.train.batch_size, recipe.seed
-    made = windows.Windows(
-        train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None,
+    return windows.Windows(
+        train, task.items, batch_size=recipe.train.batch_size, tokens=int(budget), seed=recipe.seed, packed=packed,
         rank=distributed.rank(), world=distributed.world(),
     )  # fmt: skip
-    return made, packed
 
 
 def _probe(train: encode.Encoded, device: torch.device) -> dict[str, torch.Tensor]:
-    order = np.argsort(train.lengths)
-    chosen = train.batch(order[[0, min(1, len(order) - 1), -1]])
-    return {k: v.to(device) for k, v in chosen.items() if k in INPUTS}
+    return {k: v.to(device) for k, v in train.unlike().items() if k in INPUTS}
 
 
 def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, rows.Split]:

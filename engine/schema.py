@@ -150,6 +150,11 @@ class Train(Group):
         description="Padded tokens in one forward pass: the memory knob, it never changes the result. Halved when memory runs out.",
     )
     packing: bool = Field(True, description="Let short examples share a row where the architecture allows; changes speed alone.")
+    last_layer: bool = Field(
+        True,
+        description="Compute the last layer only where the head reads, if a probe proves it; changes speed, and which dropout is drawn.",
+    )
+    ahead: bool = Field(True, description="Make the next window in a thread while a step runs; changes speed alone.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")

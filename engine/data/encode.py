@@ -73,6 +73,11 @@ class Encoded:
             out[name] = torch.from_numpy(values[index])  # (B,) or (B, K)
         return out
 
+    def unlike(self) -> dict[str, torch.Tensor]:
+        """Three examples: the two shortest, which packed share a row, and the longest. As many as there are, if fewer."""
+        order = np.argsort(self.lengths, kind="stable")
+        return self.batch(order[[0, min(1, len(order) - 1), -1]])
+
 
 def encode(
     task: Any,
