@@ -8,9 +8,9 @@ from engine import find
 
 LEVELS = [
     {"errors", "find", "yaml12", "vet", "seeds", "distributed", "interrupt", "hub", "watch", "disk", "lock", "progress"},
-    {"schema", "recipe", "faults"},
+    {"schema", "recipe", "override", "faults"},
     {"data", "swap", "metrics"},
-    {"models", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},
+    {"models", "scratch", "vocabulary", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},
     {"checkpoint", "evaluate"},
     {"train"},
     {"prepare", "runs", "claim", "resume", "card", "finetune"},
