@@ -67,7 +67,7 @@ def test_rivals_and_pickles_never_run() -> None:
         for word in ("torch.load(", "yaml.load(", "trust_remote_code=True", "eval(", "exec("):
             hits = [m.start() for m in re.finditer(rf"(?<![\w.]){re.escape(word)}", text)]
             assert not hits, f"{path.name}: {word}"
-        assert "Trainer" not in text or path.name == "train.py"
+        assert "Trainer" not in text or path.name in ("train.py", "vocabulary.py")
 
 
 def test_every_file_teaches_and_stays_short() -> None:
