@@ -161,10 +161,10 @@ def settle(model: Any, tokenizer: Any, where: str, max_length: int) -> None:
     if longest and max_length > longest:
         raise InputError(f"{where}: data.max_length={max_length} is more than this model's {longest} positions")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    config = model.config.get_text_config()
-    if tokenizer.pad_token_id is not None:
-        config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"{where}: the tokenizer has no padding token, and no end or unknown token to serve as one")
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"  # positions count from the first real token
 
 

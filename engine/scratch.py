@@ -63,6 +63,7 @@ def build(spec: Any, kind: Any, tokenizer: Any, auto_class: str, options: dict[s
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         config = configuration(spec, kind, tokenizer, where)
         for name, value in options.items():

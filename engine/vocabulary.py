@@ -34,6 +34,7 @@ from engine.find import locate
 from engine.schema import NewTokenizer
 
 VERSION = 1  # of what is trained: part of the hash
+KEPT = "tokenizer.json"  # its name in a run folder
 LONGEST_PIECE = 16  # characters; of unigram
 Around = tuple[str, str]  # what stands around one text, and around a pair
 
@@ -94,6 +95,7 @@ def load(folder: str, where: str, folders: tuple[Path, ...] = ()) -> Any:
         raise InputError(f"{where}: {folder} is no folder that holds a tokenizer.json")
     vet.tokenizer(path, where)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         made = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the kinds that a damaged tokenizer raises are many
