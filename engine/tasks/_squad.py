@@ -74,7 +74,7 @@ def best_spans(scores: np.ndarray, usable: np.ndarray, longest: int, n: int) -> 
     allowed = np.where(usable[:, None], scores.astype(np.float64), FAR)  # (T, 2)
     ends = np.concatenate([allowed[:, 1], np.full(longest - 1, FAR)])
     sums = (allowed[:, :1] + np.lib.stride_tricks.sliding_window_view(ends, longest)).ravel()  # (T * longest,)
-    first = np.argpartition(-sums, min(n, len(sums)) - 1)[:n]
+    first = sums.argmax(keepdims=True) if n == 1 else np.argpartition(-sums, min(n, len(sums)) - 1)[:n]
     first = first[np.lexsort((first, -sums[first]))]  # of equal sums the earlier one
     first = first[sums[first] > FAR / 2]
     return sums[first], first // longest, first // longest + first % longest
