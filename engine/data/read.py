@@ -225,6 +225,9 @@ def _json(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[
     at = skip(0)
     if at == len(text):
         return
+    if text[at] == "{" and re.search(r'"(?:paragraphs|qas)"\s*:', text):
+        yield from _squad(text, name, names, quotes, bad)
+        return
     if text[at] != "[":
         raise InputError(f"{name}:1: a .json file must hold a list of objects [{{...}}, ...]; one object a line is .jsonl")
     at = skip(at + 1)
@@ -290,7 +293,13 @@ def _txt(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[t
             yield number, {"text": line}
 
 
-_READERS = {"jsonl": _jsonl, "json": _json, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt}
+def _squad(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
+    from engine.data.squad import questions
+
+    return questions(text, name, bad)
+
+
+_READERS = {"jsonl": _jsonl, "json": _json, "squad": _squad, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt}
 
 
 def _read_parquet(raw: bytes, name: str, table: Table) -> None:
