@@ -21,7 +21,7 @@ from engine import adapters, checkpoint, disk, distributed, evaluate, faults, fr
 from engine.claim import Claim, own
 from engine.data import rows, windows
 from engine.errors import RunError
-from engine.fast import kernels
+from engine.fast import kernels, working
 from engine.interrupt import Interrupt
 from engine.prepare import Prepared, prepare, summed, tell
 from engine.progress import Progress, Settings
@@ -71,9 +71,12 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     ready = prepare(recipe, say, interrupt, resumed=going_on)
     model, task = ready.loaded.model, ready.task
 
-    # optimizer and progress
+    # the working model, optimizer and progress
     t = recipe.train
+    lean = working.Working(model, t, ready.encoded, ready.loaded.tokenizer, ready.windows.tokens)
+    lean.prove(model, ready.probe(), f"{recipe.where('train.weights')}: train.weights={t.weights}")
     optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, ready.rates), t.learning_rate, t.betas, t.eps)
+    lean.follow(optimizer)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
     m, source = recipe.model, ready.loaded.source
     about = {"name": m.name, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
@@ -94,10 +97,17 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         log({"event": "data", "splits": ready.facts})
         log({"event": "model", **about, "coverage": ready.coverage, "head": ready.head, "swap": summed(ready.swapped)})
         plan = windows.describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
-        how_fast = {"metrics": ready.metrics, "precision": ready.precision, "packing": ready.packed, "device": str(ready.device)}
+        how_fast = {
+            "metrics": ready.metrics,
+            "precision": ready.precision,
+            "packing": ready.packed,
+            "device": str(ready.device),
+        } | lean.said
         log({"event": "plan", **how_fast, **plan})
         for note in ready.notes:
             log({"event": "note", "note": note})
+    for piece in lean.said.values():
+        say(f"fast    {piece}")
     say(f"run     {folder}")
 
     # train
@@ -201,6 +211,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     results["detail"] = {name: r["detail"] for name, r in reports.items()}
     results |= {"best_step": best_step, "steps": progress.step, "stopped": progress.stopped, "skipped": progress.skipped}
     runs.write_json(folder / "metrics.json", results)
+    lean.restore()
     _save_model(folder, ready, results, log)
     log({"event": "finished", "step": progress.step, "best_step": best_step, "stopped": progress.stopped,
          "seconds": round(time.perf_counter() - began, 1)})  # fmt: skip
