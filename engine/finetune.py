@@ -20,7 +20,7 @@ from engine import adapters, checkpoint, disk, distributed, evaluate, faults, fr
 from engine.claim import Claim, own
 from engine.data import windows
 from engine.errors import RunError
-from engine.fast import ahead, kernels
+from engine.fast import ahead, kernels, working
 from engine.interrupt import Interrupt
 from engine.prepare import Prepared, prepare, summed, tell
 from engine.progress import Progress, Settings
@@ -70,9 +70,12 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     ready = prepare(recipe, say, interrupt, resumed=going_on, begun=owned.folder if owned.state == "begun" else None)
     model, task = ready.loaded.model, ready.task
 
-    # optimizer and progress
+    # the working model, optimizer and progress
     t = recipe.train
+    lean = working.Working(model, t, ready.encoded, ready.loaded.tokenizer, ready.windows.tokens)
+    lean.prove(model, ready.probe(), f"{recipe.where('train.weights')}: train.weights={t.weights}")
     optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, ready.rates), t.learning_rate, t.betas, t.eps)
+    lean.follow(optimizer)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
     m, source = recipe.model, ready.loaded.source
     about = {"name": m.label, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
@@ -93,10 +96,17 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         log({"event": "data", "splits": ready.facts})
         log({"event": "model", **about, "coverage": ready.coverage, "head": ready.head, "swap": summed(ready.swapped)})
         plan = windows.describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
-        how_fast = {"metrics": ready.metrics, "precision": ready.precision, "packing": ready.packed, "device": str(ready.device)}
+        how_fast = {
+            "metrics": ready.metrics,
+            "precision": ready.precision,
+            "packing": ready.packed,
+            "device": str(ready.device),
+        } | lean.said
         log({"event": "plan", **how_fast, **plan})
         for note in ready.notes:
             log({"event": "note", "note": note})
+    for piece in lean.said.values():
+        say(f"fast    {piece}")
     say(f"run     {folder}")
 
     # train
@@ -198,6 +208,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         write_predictions(folder, name, evaluate.lines(task, scored, ready.encoded[name], ready.splits[name].table.rows))
     results["intervals"] = {name: r["intervals"] for name, r in reports.items()}
     results["detail"] = {name: r["detail"] for name, r in reports.items()}
+    lean.restore()
     task.finish(model)
     if task.state():
         results["task"] = task.state()

@@ -212,6 +212,16 @@ class Train(Group):
     precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32", description="Autocast type; auto is bfloat16 where the device computes it, else float32."
     )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="What the model computes with. bfloat16: half the bytes; the optimizer moves float32 masters, which are saved.",
+    )
+    dropout: Literal["exact", "pool"] = Field(
+        "exact", description="pool: masks are windows of a pool of random numbers, the same distribution for less time on a CPU."
+    )
+    compact_vocabulary: bool = Field(
+        True, description="Train only the word embeddings that the data uses; the others only decay, computed once. Saves memory."
+    )
     max_skipped: int = Field(
         3, ge=0, description="Steps to leave out in a row because their numbers are not finite, twice; one more is an error."
     )
