@@ -149,6 +149,13 @@ class Train(Group):
         description="Padded tokens in one forward pass: the memory knob, it never changes the result. Halved when memory runs out.",
     )
     packing: bool = Field(True, description="Let short examples share a row where the architecture allows; changes speed alone.")
+    cache_frozen: Literal["off", "float32", "bfloat16"] = Field(
+        "off",
+        description="Compute the frozen blocks below all that trains once, and keep their states so; they lose their dropout.",
+    )
+    cache_limit: float = Field(
+        16.0, ge=0, description="GiB that such states may take in data.cache; without room: computed anew."
+    )
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")
