@@ -22,7 +22,7 @@ from engine.data import windows
 from engine.errors import RunError
 from engine.fast import ahead, kernels, working
 from engine.interrupt import Interrupt
-from engine.prepare import Prepared, prepare, summed, tell
+from engine.prepare import Prepared, cache_frozen, prepare, summed, tell
 from engine.progress import Progress, Settings
 from engine.recipe import Recipe
 from engine.train import train
@@ -91,6 +91,11 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     if owned.state != "new" and writes:
         checkpoint.prune(folder / "checkpoints", recipe.checkpoint.keep)  # it may have been killed after a save, before this
         resume.note(folder, progress.step, different, say)
+    try:
+        frozen, cached = cache_frozen(ready, environment["layers"], interrupt)
+    except KeyboardInterrupt:
+        say(f"stopped before training began; go on with: --out {folder} --resume")
+        return Result(folder, progress, {}, int(distributed.largest(interrupt.code)) or 130)
     log = Log(folder / "log.jsonl", keep=log_bytes) if writes else Quiet()
     if log_bytes == 0:
         log({"event": "data", "splits": ready.facts})
@@ -100,11 +105,14 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
             "metrics": ready.metrics,
             "precision": ready.precision,
             "packing": ready.packed,
+            "frozen_cache": cached,
             "device": str(ready.device),
         } | lean.said
         log({"event": "plan", **how_fast, **plan})
         for note in ready.notes:
             log({"event": "note", "note": note})
+    if cached:
+        say(f"frozen  {cached.removeprefix('frozen cache: ')}")
     for piece in lean.said.values():
         say(f"fast    {piece}")
     say(f"run     {folder}")
@@ -185,7 +193,9 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
             say(f"stopped at step {progress.step} of {ready.steps}; go on with: --out {folder} --resume")
             return Result(folder, progress, {}, int(distributed.largest(interrupt.code)) or 130)
 
-        # best weights, final scores, by the same kernels
+        # best weights, final scores: by the same kernels, of the whole model
+        if frozen:
+            frozen.remove()
         best_step = progress.step
         if stop and progress.best is not None:
             best_step = progress.best_step

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from engine import optim, prepare, seeds
+from engine import optim, prepare, runs, seeds
 from engine.data.windows import describe_plan
 from engine.layers.quantized import QuantizedLinear
 from engine.prepare import tell
@@ -45,6 +45,8 @@ def check(recipe: Recipe) -> None:
     parts = f"{plan['micro_batches_per_window']} micro-batches of at most {ready.windows.tokens:,} tokens"
     tell(f"  a window is about {parts}{padding}; {ready.packed}")
     rise = math.ceil(t.warmup * plan["steps"]) if t.warmup < 1 else int(t.warmup)
+    if cached := prepare.cache_frozen(ready, runs.code_sha256(recipe))[1]:
+        tell(f"  {cached}")
     tell(f"  AdamW, learning rate {t.learning_rate:g} after {rise} steps of warm-up, then {t.schedule}")
     tell(f"  {ready.precision} on {ready.device}, clip {t.clip}, weight decay {t.weight_decay}")
     tell(f"  memory: about {_memory(loaded.model) / 2**20:,.0f} MiB for weights, gradients and AdamW, activations on top")

@@ -19,6 +19,7 @@ import torch
 from engine import adapters, distributed, find, freeze, models, optim, override, scratch, seeds, swap, vocabulary
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError, plain, quoted
+from engine.fast import frozen_cache, kernels
 from engine.fast.install import install
 from engine.recipe import Recipe
 
@@ -137,6 +138,25 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
     say(f"train   {plan}: {ready.steps} steps, {ready.precision} on {ready.device}{ranks}; {ready.packed}")
     for note in ready.notes:
         say(f"note    {note}")
+
+
+def cache_frozen(
+    ready: Prepared, code: dict[str, str], interrupted: Callable[[], bool] = lambda: False
+) -> tuple[frozen_cache.FrozenCache | None, str]:
+    """The frozen-prefix cache of train and validation, if the recipe asks for it; `code`: sha256 of custom layers. (cache, what to say).
+
+    It comes after a resumed run's weights are in. The test split is scored once, so nothing is gained by keeping its states.
+    """
+    recipe, kind = ready.recipe, ready.recipe.train.cache_frozen
+    if kind == "off":
+        return None, ""
+    splits = [ready.encoded[name] for name in ("train", "validation") if name in ready.encoded]
+    with kernels.fast_float32(ready.device):
+        return frozen_cache.install(
+            ready.loaded.model, ready.task, splits, ready.head, kind=kind, folder=_cache(recipe), limit=recipe.train.cache_limit,
+            device=ready.device, autocast=optim.autocast(ready.precision, ready.device),
+            about=[ready.precision, code, recipe.resolved().get("swap")], interrupted=interrupted,
+        )  # fmt: skip
 
 
 def _task(recipe: Recipe) -> Any:

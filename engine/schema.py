@@ -200,6 +200,13 @@ class Train(Group):
         description="Compute the last layer only where the head reads, if a probe proves it; changes speed, and which dropout is drawn.",
     )
     ahead: bool = Field(True, description="Make the next window in a thread while a step runs; changes speed alone.")
+    cache_frozen: Literal["off", "float32", "bfloat16"] = Field(
+        "off",
+        description="Compute the frozen blocks below all that trains once, and keep their states so; they lose their dropout.",
+    )
+    cache_limit: float = Field(
+        16.0, ge=0, description="GiB that such states may take in data.cache; without room: computed anew."
+    )
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")

@@ -87,6 +87,7 @@ def main() -> None:
     made = run("whole", "still.yaml", [])
     found["scores"] = made.progress.evaluations
     run("one-two", "still.yaml", [], resume=True)
+    run("frozen", "still.yaml", ["tune.method=last_n", "tune.n=0", "train.cache_frozen=float32"])
     stopped = run("signalled", "still.yaml", [], interrupted=SignalAt("signalled", 4).install())
     assert stopped.code == 143, stopped.code
     found["stopped"] = stopped.progress.step

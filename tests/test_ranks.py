@@ -119,6 +119,20 @@ def test_a_run_of_two_ranks_ends_where_one_process_does(pair: Pair) -> None:
         )
 
 
+def test_one_rank_makes_the_frozen_cache_and_both_use_it(pair: Pair) -> None:
+    os.chdir(pair.folder)
+    assert pair.said.count("frozen  1 of 1 blocks, 0 MB, made") == 1
+    options = ["tune.method=last_n", "tune.n=0", "train.cache_frozen=float32"]
+    plan = next(r for r in run_log(options, "frozen-alone") if r["event"] == "plan")
+    assert plan["frozen_cache"].endswith("found"), "what two processes have made, one finds"
+    assert relative(weights(pair.folder / "frozen"), weights(pair.folder / "frozen-alone")) < 1e-5
+
+
+def run_log(options: list[str], out: str) -> list[dict[str, Any]]:
+    run(recipe.load("still.yaml", options), out)
+    return log(Path(out))
+
+
 def test_only_one_rank_writes_and_speaks(pair: Pair) -> None:
     two, one = (log(pair.folder / out) for out in ("whole", "alone"))
     kinds = [(r["event"], r.get("step"), r.get("items"), r.get("tokens")) for r in two]
