@@ -81,10 +81,10 @@ class Data(Group):
     columns: dict[str, str] = Field(
         default_factory=dict, description="What the task reads -> the column that holds it, such as {text: review}."
     )
-    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt"] | None = Field(
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "conll"] | None = Field(
         None, description="The files' format; by default their ending tells."
     )
-    names: list[str] | None = Field(None, description="Column names for csv / tsv files that have no header row.")
+    names: list[str] | None = Field(None, description="Column names for conll files, and for csv / tsv files without a header row.")
     quoting: Literal["auto", "csv", "none"] = Field(
         "auto", description='Quotes in csv / tsv: "csv" reads them, "none" keeps them; auto is csv for .csv, none for .tsv.'
     )
