@@ -170,18 +170,6 @@ def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
 METRICS = tuple(scores(np.zeros((1, 3))))  # their names
 
 
-def intervals(names: list[str], made: np.ndarray, resamples: int, seed: int = 0) -> dict[str, list[float]]:
-    """95 % percentile bootstrap interval of each metric, sentences drawn again with replacement: {name: [low, high]}."""
-    n = len(made)
-    random = np.random.Generator(np.random.PCG64(seed))
-    flat = made.reshape(n, -1).astype(np.float64)
-    drawn = np.empty((resamples, flat.shape[1]))
-    for r in range(resamples):
-        drawn[r] = np.bincount(random.integers(0, n, n), minlength=n) @ flat  # how often each sentence was drawn, times its counts
-    every = scores(drawn.reshape(resamples, *made.shape[1:]))
-    return {name: [float(v) for v in np.percentile(every[name], [2.5, 97.5])] for name in names}
-
-
 def per_type(sums: np.ndarray, kinds: list[str]) -> dict[str, dict[str, Any]]:
     """The table of the report: precision, recall, F1, support (gold entities) and predicted ones of each type."""
     each = _prf(sums[:-1])
