@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine import find
+from engine import find, swap
 from engine.errors import InputError, RunError, nearest
 from engine.models import eval_mode
 from engine.recipe import Recipe
@@ -196,9 +196,9 @@ def merge(model: Any, method: Any, probe: dict[str, Tensor]) -> float:
     The distance is relative to the largest output. Raises RunError where it is more than rounding, or no number.
     """
     with eval_mode(model):
-        before = model(**probe).logits.float()
+        before = swap.outputs_of(model(**probe)).float()
         method.merge(model)
-        after = model(**probe).logits.float()
+        after = swap.outputs_of(model(**probe)).float()
     apart = float((after - before).abs().max() / before.abs().max().clamp_min(1e-6))
     if not apart <= APART:
         what = "are no numbers" if apart != apart else f"differ by {apart:.1e} of the largest"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import adapters, disk, find, models, runs, swap
+from engine import adapters, disk, models, runs, swap
 from engine.errors import InputError, RunError
 
 WORDS = ("the", "a fine day", "no", "it was not what they had been told, and nobody said why", "42", "yes; and more")
@@ -33,9 +33,7 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
     if not (folder / "adapter" / adapters.CONFIG).exists():
         raise InputError(f"{folder}: no adapter/: {recipe.tune.method} changes the model's own weights, and model/ holds them")
     where = f"{folder}/recipe.yaml: model.name"
-    config = json.loads((folder / "model" / "config.json").read_text("utf-8"))
-    labels = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
-    task = find.module("tasks", recipe.task, where).Task(recipe.data.columns, labels)
+    task = runs.task_of(folder, recipe)
     source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, (folder,))
     loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
     noted = json.loads((folder / "environment.json").read_text("utf-8"))["model"]["sha256"]
@@ -96,7 +94,7 @@ def merge_run(run: str, out: str | None, *, allow_code: bool = False) -> None:
             getattr(transformers, one.task.auto_class).from_pretrained(hidden, local_files_only=True, dtype=torch.float32).eval()
         )
         with torch.inference_mode():
-            if not torch.equal(again(**batch).logits, one.model(**batch).logits):
+            if not torch.equal(swap.outputs_of(again(**batch)), swap.outputs_of(one.model(**batch))):
                 raise RunError(f"{folder}: the written model computes something else than the one in memory; nothing was kept")
         disk.sync_tree(hidden)
     print(f"{folder}: merged and unmerged outputs are {apart:.1e} apart on a probe batch; read back, it computes the same")

@@ -6,10 +6,10 @@ from engine import yaml12
 from engine.recipe import Recipe
 
 
-def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names: list[str], keeps_layers: bool) -> str:
+def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names: list[str], keeps_layers: bool, tag: str) -> str:
     """Markdown: what it is, how it was trained, how good it is, how to use it, what it is not for."""
     front = {
-        "base_model": recipe.model.name, "library_name": "transformers", "pipeline_tag": "text-classification",
+        "base_model": recipe.model.name, "library_name": "transformers", "pipeline_tag": tag,
         "tags": ["fine-tuned", recipe.task, recipe.tune.method],
     }  # fmt: skip
     lines = ["---", yaml12.dump(front).rstrip(), "---", "", f"# {recipe.name}", ""]
@@ -26,8 +26,8 @@ def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names
     lines += [
         "from transformers import pipeline",
         "",
-        'classify = pipeline("text-classification", model=".")',
-        'classify("...")',
+        f'answer = pipeline("{tag}", model=".")',
+        'answer("...")',
         "```",
         "",
     ]

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from engine import adapters, checkpoint, disk, distributed, evaluate, faults, freeze, metrics, optim, resume, runs
+from engine import adapters, checkpoint, disk, distributed, evaluate, faults, freeze, optim, resume, runs
 from engine.claim import Claim, own
-from engine.data import rows, windows
+from engine.data import windows
 from engine.errors import RunError
 from engine.fast import kernels
 from engine.interrupt import Interrupt
@@ -101,7 +100,8 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     say(f"run     {folder}")
 
     # train
-    checkpoints = folder / "checkpoints"
+    checkpoints, stop = folder / "checkpoints", recipe.early_stopping
+    aim = stop.monitor if stop else ready.metrics[0]
     autocast = optim.autocast(ready.precision, ready.device)
     how: dict[str, Any] = {
         "tokens": ready.windows.tokens * EVALUATION_TOKENS, "device": ready.device, "autocast": autocast, "interrupted": interrupt,
@@ -114,8 +114,9 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     how["shrunk"] = shrunk
 
     def score(name: str) -> evaluate.Scored:
-        made = evaluate.outputs(model, task, ready.encoded[name], places=ready.splits[name].table.places, **how)
-        return evaluate.score(task, made, ready.encoded[name].scalars["labels"], ready.metrics)
+        split = ready.encoded[name], ready.splits[name].table.rows
+        made = evaluate.outputs(model, task, split[0], places=ready.places(name), **how)
+        return evaluate.score(task, made, *split, ready.metrics, aim if name == "validation" else None)
 
     def validate() -> dict[str, float] | None:
         try:
@@ -144,12 +145,11 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         distributed.barrier()  # what another process reads next is whole
 
     bar = Bar(ready.steps, progress.step, recipe.train.epochs, ready.windows.per_epoch) if writes else Quiet()
-    stop = recipe.early_stopping
     settings = Settings(
         steps=ready.steps, seed=recipe.seed, clip=recipe.train.clip, max_skipped=recipe.train.max_skipped,
         max_skipped_in_run=recipe.train.max_skipped_in_run,
         evaluate_every=recipe.evaluate.every if "validation" in ready.encoded else None, save_every=recipe.checkpoint.every,
-        monitor=stop.monitor if stop else None, lower_is_better=bool(stop and stop.monitor in metrics.LOWER_IS_BETTER),
+        monitor=stop.monitor if stop else None, lower_is_better=bool(stop and task.lower_is_better(stop.monitor)),
         patience=stop.patience if stop else None, min_delta=stop.min_delta if stop else 0.0,
     )  # fmt: skip
 
@@ -193,12 +193,14 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     results: dict[str, Any] = {"train": {"loss": progress.loss_sum / max(1, progress.items)}}
     reports = {}
     for name, scored in final.items():
-        labels = ready.encoded[name].scalars["labels"]
-        reports[name] = evaluate.report(task, scored, labels, ready.metrics, recipe.evaluate.bootstrap)
+        reports[name] = evaluate.report(task, scored, ready.metrics, recipe.evaluate.bootstrap)
         results[name] = reports[name]["scores"]
-        write_predictions(folder, name, ready.splits[name], task, scored, labels)
+        write_predictions(folder, name, evaluate.lines(task, scored, ready.encoded[name], ready.splits[name].table.rows))
     results["intervals"] = {name: r["intervals"] for name, r in reports.items()}
     results["detail"] = {name: r["detail"] for name, r in reports.items()}
+    task.finish(model)
+    if task.state():
+        results["task"] = task.state()
     results |= {"best_step": best_step, "steps": progress.step, "stopped": progress.stopped, "skipped": progress.skipped}
     runs.write_json(folder / "metrics.json", results)
     _save_model(folder, ready, results, log)
@@ -228,15 +230,12 @@ def summary(results: dict[str, Any], names: list[str]) -> list[str]:
     return lines
 
 
-def write_predictions(folder: Path, name: str, split: rows.Split, task: Any, scored: evaluate.Scored, labels: np.ndarray) -> None:
+def write_predictions(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
     """predictions/SPLIT.jsonl: one object per row in the file's order."""
-    lines = []
-    for i, (row, made) in enumerate(zip(split.table.rows, task.predictions(scored.outputs), strict=True)):
-        line = {**row, "label": task.labels[int(labels[i])], **made, "loss": float(scored.losses[i])}
-        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     with disk.refusing(folder, 0):
         disk.make(folder / "predictions")
-    disk.replace(folder / "predictions" / f"{name}.jsonl", "".join(lines).encode())
+    disk.replace(folder / "predictions" / f"{name}.jsonl", text.encode())
 
 
 def saved(name: str, progress: Progress) -> dict[str, Any]:
@@ -268,6 +267,8 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
 
     model, recipe, method = ready.loaded.model, ready.recipe, ready.method
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if ready.task.state():
+        model.config.task_state = ready.task.state()
     if ready.own:
         base = {"name": recipe.model.name, "revision": recipe.model.revision, "task_type": ready.task.peft_type}
         with disk.refusing(folder / "adapter", needed), disk.whole(folder / "adapter") as hidden:
@@ -282,5 +283,7 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
         disk.require(folder, needed)
         model.save_pretrained(hidden)
         ready.loaded.tokenizer.save_pretrained(hidden)
-        (hidden / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics, keeps), "utf-8")
+        (hidden / "README.md").write_text(
+            card.render(recipe, results, ready.facts, ready.metrics, keeps, ready.task.pipeline_tag), "utf-8"
+        )
         disk.sync_tree(hidden)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import adapters, distributed, find, freeze, metrics, models, optim, seeds, swap
+from engine import adapters, distributed, find, freeze, models, optim, seeds, swap
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError, plain, quoted
 from engine.fast import packing
@@ -57,6 +57,10 @@ class Prepared:
     packed: str
     notes: list[str]
 
+    def places(self, name: str) -> list[str]:
+        """Where each example of a split stands: "file:line"."""
+        return self.encoded[name].places(self.splits[name].table.places)
+
     def probe(self) -> dict[str, torch.Tensor]:
         """Three examples of train as model inputs: the two shortest, which packed share a row, and the longest."""
         return _probe(self.encoded["train"], self.device)
@@ -93,7 +97,7 @@ def prepare(
             key = "swap" if swapped else "tune.method"
             swap.probe(loaded.model, swapped, _probe(encoded["train"], device), f"{recipe.where(key)}: {key}")
     made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
-    made.places = splits["train"].table.places
+    made.places = encoded["train"].places(splits["train"].table.places)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
     rates, timetable = _tempo(recipe, loaded.model, method, head, made.per_epoch)
@@ -110,7 +114,7 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
     """What is about to happen, a line for each stage of the data's way."""
     t, total = ready.recipe.train, models.count(ready.loaded.model)[1]
     sizes = "  ".join(f"{name} {len(split):,}" for name, split in ready.splits.items())
-    say(f"data    {sizes} examples; labels: {', '.join(ready.task.labels)}")
+    say(f"data    {sizes} examples; {ready.task.asked()}")
     origin = ready.loaded.source.origin
     say(f"model   {ready.recipe.model.name} ({origin}), {total / 1e6:.1f} M parameters; head: {', '.join(ready.head)}")
     for one in summed(ready.swapped):
@@ -126,7 +130,7 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
 def _task(recipe: Recipe) -> Any:
     task_class = find.module("tasks", recipe.task, recipe.where("task")).Task
     try:
-        return task_class(recipe.data.columns, recipe.data.labels)
+        return task_class(recipe.data.columns, recipe.data.labels, recipe.data)
     except InputError as error:
         raise InputError(f"{recipe.where('data.columns')}: {error}") from error
 
@@ -148,7 +152,7 @@ def _cache(recipe: Recipe) -> Path:
 def _metrics(recipe: Recipe, task: Any) -> list[str]:
     """The headline metrics, checked, and that early stopping watches one of them."""
     names: list[str] = recipe.evaluate.metrics or task.default_metrics
-    metrics.check(names, recipe.where("evaluate.metrics"), len(task.labels))
+    task.check(names, recipe.where("evaluate.metrics"))
     stop = recipe.early_stopping
     if stop and stop.monitor not in (*names, "loss"):
         raise recipe.error("early_stopping.monitor", f"'{stop.monitor}' is not among the metrics {', '.join(names)}, loss")

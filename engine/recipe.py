@@ -29,7 +29,7 @@ class Recipe:
     task: str
     seed: int
     model: Model
-    data: Data
+    data: Any  # Data with the options of its task
     swap: list[SwapRule]
     tune: Any  # Tune with the options of its method
     train: Train
@@ -132,6 +132,7 @@ def _check(
     method = tune.get("method", "full") if isinstance(tune, dict) else "full"
     problems: list[str] = []
     options: type[BaseModel] = Tune
+    data: type[BaseModel] = Data
     for kind, name, key in (("tune", method, "tune.method"), ("tasks", raw.get("task"), "task")):
         if isinstance(name, str):
             try:
@@ -144,9 +145,11 @@ def _check(
                     raise InputError(f"{place(key)}: {key}: no {what} '{name}'{nearest(name, find.names(kind))}")
                 elif kind == "tune" and name != "full":  # the one method without options needs no import
                     options = find.module(kind, name, place(key)).Options
+                elif kind == "tasks" and find.offers(kind, name, "Options"):
+                    data = find.module(kind, name, place(key)).Options
             except InputError as error:
                 problems.append(str(error))
-    schema = create_model("Recipe", __base__=Schema, tune=(options, Field(default_factory=options)))
+    schema = create_model("Recipe", __base__=Schema, tune=(options, Field(default_factory=options)), data=(data, ...))
     try:
         values = schema.model_validate(raw)
     except ValidationError as error:
@@ -288,13 +291,13 @@ def describe() -> list[tuple[str, str, str, str]]:
             continue
         prefix = f"{key}[]" if key == "swap" else key
         rows += [(f"{prefix}.{k}", _type(f), _default(f), f.description or "") for k, f in _fields(group, [])]
-        if key == "tune":
-            for name in find.names("tune"):
-                options = find.module("tune", name, "describe").Options
+        for kind, group in (("tune", Tune), ("tasks", Data)):
+            for name in find.names(kind) if key == {"tune": "tune", "tasks": "data"}[kind] else []:
+                options = getattr(find.module(kind, name, "describe"), "Options", group)
                 rows += [
-                    (f"tune.{k}", _type(f), _default(f), f"({name}) {f.description or ''}")
+                    (f"{key}.{k}", _type(f), _default(f), f"({name}) {f.description or ''}")
                     for k, f in _fields(options, [])
-                    if k not in Tune.model_fields
+                    if k not in group.model_fields
                 ]
     return rows
 

@@ -176,25 +176,30 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     recipe = recipe_of(folder, overrides, allow_code)
     if not (folder / "model" / "config.json").exists():
         raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
-    task_class = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task
     vet.folder(folder / "model", str(folder))
+    task = task_of(folder, recipe)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
     except Exception as error:  # the kinds that a damaged tokenizer raises are many
         raise InputError(f"{folder / 'model'}: the tokenizer cannot be loaded: {str(error).strip()[:200]}") from error
-    auto = getattr(transformers, task_class.auto_class)
+    auto = getattr(transformers, task.auto_class)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     method = method_of(folder, recipe, allow_code)
     if recipe.swap or getattr(method, "STAYS", False):
         model = _rebuild(folder, recipe, method, auto, allow_code)
     else:
         model = auto.from_pretrained(folder / "model", **options)
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    task = task_class(recipe.data.columns, labels)
     metrics = json.loads((folder / "metrics.json").read_text("utf-8")) if (folder / "metrics.json").exists() else {}
     return Run(folder, recipe, task, model.eval(), tokenizer, metrics)
+
+
+def task_of(folder: Path, recipe: Recipe) -> Any:
+    """The run's task with all that it learnt beside the weights (labels, scale, threshold), from the saved model's config."""
+    task = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task(recipe.data.columns, options=recipe.data)
+    task.restore(json.loads((folder / "model" / "config.json").read_text("utf-8")))
+    return task
 
 
 def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: bool) -> Any:

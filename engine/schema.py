@@ -78,8 +78,9 @@ class Data(Group):
         None, description="The rows that choose the best step; a number takes that fraction of train."
     )
     test: Files | None = Field(None, description="The rows of the final score; never looked at before the end.")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="What the task reads -> the column that holds it, such as {text: review}."
+    columns: dict[str, str | list[str]] = Field(
+        default_factory=dict,
+        description="What the task reads -> the column that holds it, such as {text: review}; multilabel's `labels` may name a list.",
     )
     format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "conll"] | None = Field(
         None, description="The files' format; by default their ending tells."
@@ -173,7 +174,9 @@ class Evaluate(Group):
 
     every: Rhythm = Field("epoch", description="When to score the validation split.")
     metrics: list[str] | None = Field(
-        None, min_length=1, description="Headline metrics by scikit-learn's names; the task has defaults."
+        None,
+        min_length=1,
+        description="Headline metrics of the task, by scikit-learn's names where it has them; the task has defaults.",
     )
     bootstrap: int = Field(1000, ge=0, description="Resamples behind each 95 % interval; 0 for none.")
 

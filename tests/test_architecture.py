@@ -7,7 +7,21 @@ from pathlib import Path
 from engine import find
 
 LEVELS = [
-    {"errors", "find", "yaml12", "vet", "seeds", "distributed", "interrupt", "hub", "watch", "disk", "lock", "progress"},
+    {
+        "errors",
+        "find",
+        "yaml12",
+        "vet",
+        "seeds",
+        "distributed",
+        "interrupt",
+        "hub",
+        "watch",
+        "disk",
+        "lock",
+        "progress",
+        "blocks",
+    },
     {"schema", "recipe", "faults"},
     {"data", "swap", "metrics"},
     {"models", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},
@@ -89,12 +103,14 @@ def test_every_task_and_method_file_offers_what_the_engine_asks_for() -> None:
             "roles",
             "default_metrics",
             "auto_class",
+            "metrics",
             "fit",
             "problem",
             "encode",
             "items",
             "loss",
             "forward",
+            "judge",
             "predictions",
         ):
             assert hasattr(task, part), f"{name}.{part}"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.models import eval_mode
+from engine.swap import outputs_of
 
 ARCHITECTURES = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
 TOLERANCE = 1e-4  # of the probe's outputs, in float32
@@ -116,10 +117,13 @@ def install(model: Any, probe: dict[str, Tensor]) -> tuple[Packing | None, str]:
     if stack is None:
         return None, f"rows are not packed: {kind} has no stack of blocks of its own here"
     with eval_mode(model), torch.inference_mode():
-        expected = model(**probe).logits
+        expected = outputs_of(model(**probe))
         packing = Packing(body, stack)
-        found = model(**probe).logits
-    distance = float((found - expected).abs().max())
+        found = outputs_of(model(**probe))
+    apart = (found - expected).abs()
+    if apart.ndim == 3:  # an output for each token: what stands behind an example's end means nothing
+        apart = apart * probe["attention_mask"][:, :, None]
+    distance = float(apart.max())
     if packing.plan is None or distance > TOLERANCE:
         packing.remove()
         return None, f"rows are not packed: the probe batch differs by {distance:.1e} (a layer looks across examples?)"
