@@ -34,7 +34,8 @@ Span = tuple[str, int, int]  # type, first word, the word after the last
 LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S", "M": "I"}  # as files write it -> as it is meant here
 UNTYPED = "_"  # the type of a bare B, I, E, S, as seqeval calls it
 FULL = {"BIO2": "BIO2 (an entity begins with B-)", "BIO1": "BIO1 (B- only parts neighbours of one type)",
-        "IOBES": "IOBES (B- begins, I- goes on, E- ends, S- stands alone)"}  # fmt: skip
+        "IOBES": "IOBES (B- begins, I- goes on, E- ends, S- stands alone)", "plain": "tags without prefixes, a word each",
+        "any": "any tags, read as seqeval does"}  # fmt: skip
 
 
 @lru_cache(maxsize=65536)
@@ -97,8 +98,8 @@ def scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def fault(tags: Sequence[str], scheme: str) -> tuple[int, str] | None:
-    """(word, what is wrong) of the first tag that `scheme` forbids, or None."""
-    if scheme == "plain":
+    """(word, what is wrong) of the first tag that `scheme` forbids, or None; "plain" and "any" forbid nothing."""
+    if scheme in ("plain", "any"):
         return None
     before, of = "O", ""
     for i, tag in enumerate((*tags, "O")):
@@ -174,6 +175,10 @@ def per_type(sums: np.ndarray, kinds: list[str]) -> dict[str, dict[str, Any]]:
     """The table of the report: precision, recall, F1, support (gold entities) and predicted ones of each type."""
     each = _prf(sums[:-1])
     return {
-        kind: {**{name: float(values[k]) for name, values in each.items()}, "support": int(sums[k, 2]), "predicted": int(sums[k, 1])}
+        kind: {
+            **{name: float(values[k]) for name, values in each.items()},
+            "support": int(sums[k, 2]),
+            "predicted": int(sums[k, 1]),
+        }
         for k, kind in enumerate(kinds)
     }

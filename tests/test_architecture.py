@@ -22,7 +22,7 @@ LEVELS = [
         "progress",
         "blocks",
     },
-    {"schema", "recipe", "faults"},
+    {"schema", "recipe", "faults", "spans"},
     {"data", "swap", "metrics"},
     {"models", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},
     {"checkpoint", "evaluate"},

@@ -7,7 +7,8 @@
 
 The first column is `tokens` and the last `tags`; those between go by their number, "2" and up. `data.names` names them all.
 A row's place is its range of lines, so that its word i stands at line first + i (`line_of`). Lines -DOCSTART- part documents
-and are counted as dropped. A line that begins with "# " before a sentence is a comment where it has not the file's columns.
+and are counted as dropped. A line that begins with "# " before a sentence is a comment where it has not the file's columns, or a
+"=" ("# sent_id = 7").
 A row is broken where one of its lines has more or fewer columns than most lines of the file.
 """
 
@@ -33,8 +34,9 @@ def sentences(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(range of lines, row) of each sentence; `bad(place, reason, detail)` is told of others, with no detail where nothing is wrong."""
     parted = [(number, fields(line)) for number, line in enumerate(lines, 1) if line.strip(" \t")]
-    words = [parts for _, parts in parted if parts[0] != DOCUMENT]
-    widths = Counter(len(parts) for parts in words if parts[0] != "#") or Counter(len(parts) for parts in words)
+    hashes = {number for number, _ in parted if lines[number - 1].lstrip(" \t").startswith("# ")}
+    words = [(number, parts) for number, parts in parted if parts[0] != DOCUMENT]
+    widths = Counter(len(parts) for number, parts in words if number not in hashes) or Counter(len(parts) for _, parts in words)
     width = widths.most_common(1)[0][0] if widths else 0
     if names and width and len(names) != width:
         raise InputError(f"{name}: data.names has {len(names)} names, and the file's lines have {width} columns")
@@ -47,7 +49,7 @@ def sentences(
             sentence, begins = [], True
         if parts[:1] == [DOCUMENT]:
             bad(f"{name}:{number}", DOCUMENT, "")
-        elif parts and not (begins and parts[0] == "#" and len(parts) != width):
+        elif parts and not (begins and number in hashes and (len(parts) != width or "=" in lines[number - 1])):
             sentence.append((number, parts))
 
 
@@ -62,7 +64,10 @@ def _row(
             return
     columns = zip(*(parts for _, parts in sentence), strict=True)
     first, last = sentence[0][0], sentence[-1][0]
-    yield f"{first}-{last}" if last > first else str(first), {key: list(column) for key, column in zip(keys, columns, strict=True)}
+    yield (
+        f"{first}-{last}" if last > first else str(first),
+        {key: list(column) for key, column in zip(keys, columns, strict=True)},
+    )
 
 
 def line_of(place: str, word: int) -> str:

@@ -25,7 +25,9 @@ from engine.errors import InputError, listing, plain, quoted
 from engine.find import locate
 
 Row = dict[str, Any]
-Bad = Callable[[str, str, str], None]  # (place, reason, detail) of a line that is no row; no detail where nothing is wrong with it
+Bad = Callable[
+    [str, str, str], None
+]  # (place, reason, detail) of a line that is no row; no detail where nothing is wrong with it
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -15,7 +15,7 @@ Predictions are read leniently, as seqeval does (engine/spans.py). Scores are of
 import math
 from collections import Counter
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ TYPES_SHOWN = 20  # of the confusion matrix
 class Options(Data):
     """What a recipe may say of the data beside the usual."""
 
+    scheme: Literal["auto", "BIO2", "BIO1", "IOBES", "any"] = Field(
+        "auto",
+        description="What gold tags are held to; auto finds it from train. any: all are taken, read as seqeval does, I- after O begins.",
+    )
     stride: int | None = Field(
         None, ge=0, description="Tokens that neighbouring windows of a long document share; by default a quarter of max_length."
     )
@@ -55,7 +59,7 @@ def _score(name: str, counts: np.ndarray) -> float:
 class Task(Base):
     """K tags, one for each word of a row."""
 
-    roles: Any = {"tokens": "required", "tags": "target", "text": "optional"}
+    roles: ClassVar[dict[str, str]] = {"tokens": "required", "tags": "target", "text": "optional"}
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     peft_type: ClassVar[str] = "TOKEN_CLS"
     pipeline_tag: ClassVar[str] = "token-classification"
@@ -67,8 +71,7 @@ class Task(Base):
 
     def __init__(self, columns: dict[str, Any], labels: list[str] | None = None, options: Any = None):
         super().__init__(columns, labels, options)
-        self.text = columns.get("text", "text")  # read where a row to predict has no tokens
-        self.columns.pop("text", None)
+        self.text: str = self.columns.pop("text", "text")  # read where a row to predict has no tokens
         self.scheme: str | None = None
         self._know([label_name(name) or name for name in labels or []])
 
@@ -85,11 +88,14 @@ class Task(Base):
         if self.labels:
             self._numbers({tag for tags in tagged for tag in tags})
             tagged = [[self.labels[self.ids[tag]] for tag in tags if tag in self.ids] for tags in tagged]
-        self.scheme = spans.scheme(tagged)
+        given = getattr(self.options, "scheme", "auto")
+        self.scheme = spans.scheme(tagged) if given == "auto" else given
         found = {tag for tags in tagged if spans.fault(tags, self.scheme) is None for tag in tags}
         if len(found) < 2:
             only = f"only {quoted(next(iter(found)))}" if found else "none that makes sense"
-            raise InputError(f"{source}: column '{self.columns['tags']}' holds {only}; token_classification needs two tags or more")
+            raise InputError(
+                f"{source}: column '{self.columns['tags']}' holds {only}; token_classification needs two tags or more"
+            )
         if not self.labels:
             self._know(sorted(found, key=lambda tag: (tag != "O", spans.parse(tag)[1], "BIES".find(spans.parse(tag)[0]), tag)))
 
@@ -137,7 +143,9 @@ class Task(Base):
         tags = self._named(row)
         if tags is None:
             value = row.get(name)
-            what = "is missing or null" if value is None else f"holds a {type(value).__name__} ({value!r:.40}), not a list of tags"
+            what = (
+                "is missing or null" if value is None else f"holds a {type(value).__name__} ({value!r:.40}), not a list of tags"
+            )
             return "missing tags", f"column '{name}' {what}"
         if len(tags) != len(tokens):
             return "misaligned tags", f"{len(tokens)} words and {len(tags)} tags; every word needs one"
@@ -147,12 +155,26 @@ class Task(Base):
         known = [self.labels[self.ids[tag]] if tag in self.ids else tag or "O" for tag in tags]
         if self.scheme and (fault := spans.fault(known, self.scheme)):
             i, detail = fault
-            return f"tags break {self.scheme}", f"column '{name}': word {i} ({quoted(tokens[i])}): {detail}", i
+            detail = f"column '{name}': word {i} ({quoted(tokens[i])}): {detail} (data.scheme=any takes all)"
+            return f"tags break {self.scheme}", detail, i
         for i, tag in enumerate(known):
             if self.labels and tag not in self.labels:
                 hint = nearest(tag, self.labels)
-                return "unknown tag", f"column '{name}': the tag {quoted(tag)} of {quoted(tokens[i])} is not in the training set{hint}", i
+                return (
+                    "unknown tag",
+                    f"column '{name}': the tag {quoted(tag)} of {quoted(tokens[i])} is not in the training set{hint}",
+                    i,
+                )
         return None
+
+    def inputs(self, have: set[str] | None = None) -> dict[str, str]:
+        """Words; or a text, where a file has only that."""
+        tokens = self.columns["tokens"]
+        from_text = have is None or (tokens not in have and self.text in have)
+        return {"text": self.text} if from_text else {"tokens": tokens}
+
+    def targets(self) -> set[str]:
+        return {self.columns["tags"]}
 
     def words(self, row: Row) -> list[str]:
         if (tokens := row.get(self.columns["tokens"])) is not None:
@@ -179,7 +201,7 @@ class Task(Base):
         return f"{fact['words']:,} words; " + super().summary(fact)
 
     def asked(self) -> str:
-        return f"entities: {', '.join(self.types)} ({spans.FULL.get(self.scheme or '', 'tags without a scheme')})"
+        return f"entities: {', '.join(self.types)} ({spans.FULL[self.scheme or 'any']})"
 
     # -- tokens and model ---------------------------------------------------------------------------------------------
 
@@ -223,7 +245,8 @@ class Task(Base):
 
     def restore(self, config: dict[str, Any]) -> None:
         self._know(labels_of(config))
-        self.scheme = (config.get("task_state") or {}).get("scheme")
+        given = getattr(self.options, "scheme", "auto")
+        self.scheme = (config.get("task_state") or {}).get("scheme") if given == "auto" else given
 
     # -- loss and judgement -------------------------------------------------------------------------------------------
 
@@ -272,7 +295,13 @@ class Task(Base):
             for kind, first, last in spans.decode(tags):
                 start, end = places[first][0], places[last - 1][1]
                 at = (first, last) if text is None else (start, end)
-                one = {"type": kind, "start": at[0], "end": at[1], "text": joined[start:end], "score": float(p[first:last].mean())}
+                one = {
+                    "type": kind,
+                    "start": at[0],
+                    "end": at[1],
+                    "text": joined[start:end],
+                    "score": float(p[first:last].mean()),
+                }
                 entities.append(one)
             made.append({"tokens": parts, "prediction": tags, "entities": entities})
         return made
@@ -311,12 +340,18 @@ class Task(Base):
     @classmethod
     def mistakes(cls, lines: list[dict[str, Any]]) -> Examples | None:
         """The sentences with the most wrong and missed entities."""
-        wrong = [(line, set(spans.decode(line["label"])), set(spans.decode(line["prediction"]))) for line in lines if cls.wrong(line)]
+        wrong = [
+            (line, set(spans.decode(line["label"])), set(spans.decode(line["prediction"]))) for line in lines if cls.wrong(line)
+        ]
         wrong.sort(key=lambda one: (-len(one[1] ^ one[2]), -one[0]["loss"]))
         if not wrong:
             return None
         shown = [
-            Example({"truth": _marks(line, "label"), "predicted": _marks(line, "prediction")}, {}, [len(g & p), len(g - p), len(p - g)])
+            Example(
+                {"truth": _marks(line, "label"), "predicted": _marks(line, "prediction")},
+                {},
+                [len(g & p), len(g - p), len(p - g)],
+            )
             for line, g, p in wrong[:MISTAKES]
         ]
         note = f"Of the {len(wrong):,} rows with a wrong or missed entity, those with the most of them."
