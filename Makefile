@@ -39,10 +39,10 @@ resume: $(VENV)/ready ## go on with a stopped run: RUN=runs/bert_sentiment/lates
 	@exec $(ENGINE) finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" --out "$$RUN" --resume
 
 check: $(VENV)/ready ## what would happen, and what looks wrong: RECIPE=
-	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET
+	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET $(if $(OFFLINE),--offline)
 
 layers: $(VENV)/ready ## every module, its shape, and what trains: RECIPE=
-	@exec $(BIN)/python -m engine layers "$${RECIPE:?name one: make layers RECIPE=bert_sentiment}" $$SET
+	@exec $(BIN)/python -m engine layers "$${RECIPE:?name one: make layers RECIPE=bert_sentiment}" $$SET $(if $(OFFLINE),--offline)
 
 evaluate: $(VENV)/ready ## score a finished run: RUN=runs/bert_sentiment/latest [DATA=file]
 	@exec $(BIN)/python -m engine evaluate "$${RUN:?name one: make evaluate RUN=runs/bert_sentiment/latest}" $${DATA:+--data "$$DATA"} $$SET

@@ -67,7 +67,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     """The straight line."""
     recipe, began, writes = owned.recipe, time.perf_counter(), distributed.rank() == 0
     going_on = owned.folder is not None and any((owned.folder / "checkpoints").glob("step-*"))
-    ready = prepare(recipe, say, interrupt, resumed=going_on)
+    ready = prepare(recipe, say, interrupt, resumed=going_on, begun=owned.folder if owned.state == "begun" else None)
     model, task = ready.loaded.model, ready.task
 
     # optimizer and progress
@@ -75,12 +75,12 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, ready.rates), t.learning_rate, t.betas, t.eps)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
     m, source = recipe.model, ready.loaded.source
-    about = {"name": m.name, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
+    about = {"name": m.label, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
     sources = {name: digest for split in ready.splits.values() for name, digest in split.table.sources.items()}
     environment = runs.environment(recipe, str(ready.device), sources, about)
     folder, progress, log_bytes = owned.begin(), Progress(), 0
     if owned.state == "new" and writes:
-        runs.write_start(folder, recipe, environment)
+        runs.write_start(folder, recipe, environment, ready.loaded.trained)
     elif owned.state != "new":
         resume.same_sources(folder, environment)
         progress, log_bytes = resume.go_on(folder, model, optimizer, scaler, say)
@@ -270,7 +270,11 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
     if ready.task.state():
         model.config.task_state = ready.task.state()
     if ready.own:
-        base = {"name": recipe.model.name, "revision": recipe.model.revision, "task_type": ready.task.peft_type}
+        base = {
+            "name": recipe.model.name or f"{recipe.model.label} from scratch",
+            "revision": recipe.model.revision,
+            "task_type": ready.task.peft_type,
+        }
         with disk.refusing(folder / "adapter", needed), disk.whole(folder / "adapter") as hidden:
             adapters.save(model, hidden, method, recipe.tune, ready.head, ready.own, base)
             disk.sync_tree(hidden)
@@ -278,7 +282,7 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
         apart = adapters.merge(model, method, ready.probe())
         log({"event": "merged", "apart": apart})
     keeps = bool(recipe.swap) or getattr(method, "STAYS", False)
-    model.config.name_or_path = recipe.model.name
+    model.config.name_or_path = recipe.model.name or ""
     with disk.refusing(folder / "model", needed), disk.whole(folder / "model") as hidden:
         disk.require(folder, needed)
         model.save_pretrained(hidden)

@@ -31,7 +31,8 @@ def check(recipe: Recipe) -> None:
         tell(f"  {'':<11} {fact['duplicates']} duplicates{leaks}; {lengths}")
     tell("\nmodel")
     loaded = ready.loaded
-    tell(f"  {recipe.model.name} ({loaded.source.origin}: {loaded.source.folder})")
+    place = f": {loaded.source.folder}" if recipe.model.name else f", seed {recipe.seed}"
+    tell(f"  {recipe.model.label} ({loaded.source.origin}{place})")
     tell(f"  fresh: {', '.join(loaded.fresh) or 'nothing'}")
     for line in prepare.summed(ready.swapped):
         tell(f"  swap: {line}")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import adapters, distributed, find, freeze, models, optim, seeds, swap
+from engine import adapters, distributed, find, freeze, models, optim, override, scratch, seeds, swap, vocabulary
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError, plain, quoted
 from engine.fast import packing
@@ -67,22 +67,32 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Callable[[], bool] = lambda: False, *, resumed: bool = False
+    recipe: Recipe,
+    say: Callable[[str], None] = tell,
+    interrupted: Callable[[], bool] = lambda: False,
+    *,
+    resumed: bool = False,
+    begun: Path | None = None,
 ) -> Prepared:
     """Read, check, load, swap, freeze, encode. Raises InputError; writes nothing but the token cache.
 
-    A resumed run takes its weights from its checkpoint, not from the adapter that `tune.start` names.
+    A resumed run takes its weights from its checkpoint, not from the adapter that `tune.start` names. A tokenizer that was
+    trained for the run in the folder `begun` is that of the run.
     """
     recipe = adapters.started(recipe)
     folders = (recipe.path.parent,)
     notes: list[str] = []
+    if recipe.stand_in:
+        notes.append(f"offline: the recipe's offline block stands in for its own {', '.join(override.leaves(recipe.stand_in))}")
     cache = _cache(recipe)
     task = _task(recipe)
     splits = _splits(recipe, task, folders, notes)
     facts = rows.facts(splits, task)
     names = _metrics(recipe, task)
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
-    loaded, head, swapped = _model(recipe, task, folders)
+    loaded = base(recipe, task, folders, splits["train"].table.rows, cache, begun)
+    head = models.head_of(loaded.model, loaded.fresh)
+    swapped = swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
     method, own, coverage = _tune(recipe, loaded, head, swapped, None if resumed else recipe.tune.start, notes)
     loaded.model.to(device)
     with distributed.first_alone():
@@ -116,7 +126,9 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
     sizes = "  ".join(f"{name} {len(split):,}" for name, split in ready.splits.items())
     say(f"data    {sizes} examples; {ready.task.asked()}")
     origin = ready.loaded.source.origin
-    say(f"model   {ready.recipe.model.name} ({origin}), {total / 1e6:.1f} M parameters; head: {', '.join(ready.head)}")
+    say(f"model   {ready.recipe.model.label} ({origin}), {total / 1e6:.1f} M parameters; head: {', '.join(ready.head)}")
+    if ready.loaded.trained:
+        say(f"tokens  {len(ready.loaded.tokenizer):,} pieces, learnt from the texts of data.train")
     for one in summed(ready.swapped):
         say(f"swap    {one}")
     say(f"tune    {ready.coverage}")
@@ -159,14 +171,23 @@ def _metrics(recipe: Recipe, task: Any) -> list[str]:
     return names
 
 
-def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models.Loaded, list[str], list[swap.Swapped]]:
-    """The pretrained model, then the layers swapped in: (loaded, head, swapped)."""
-    where = f"{recipe.where('model.name')}: model.name"
-    source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, folders)
+def base(
+    recipe: Recipe, task: Any, folders: tuple[Path, ...], train: list[read.Row], cache: Path | None, begun: Path | None
+) -> models.Loaded:
+    """The model as training finds it: pretrained, or from scratch. A tokenizer to train reads the rows `train`."""
+    m, where = recipe.model, f"{recipe.where('model.name')}: model.name"
+    if m.name is None:
+        kept = begun / vocabulary.KEPT if begun else None
+
+        def texts() -> list[str]:
+            return [text for row in train for text in task.text_of(row).split("\x1f")]
+
+        return scratch.load(recipe, task, texts, cache=cache, folders=folders, kept=kept)
+    source = models.find(m.name, m.revision, m.offline, where, folders, recipe.way_out)
+    own = f"{recipe.where('model.tokenizer')}: model.tokenizer"
+    tokenizer = vocabulary.load(m.tokenizer, own, folders) if isinstance(m.tokenizer, str) else None
     seeds.seed_all(recipe.seed)  # the head's fresh weights belong to the seed
-    loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
-    head = models.head_of(loaded.model, loaded.fresh)
-    return loaded, head, swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
+    return models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length, tokenizer)
 
 
 def _tune(
@@ -194,6 +215,8 @@ def _tune(
     trains, total = models.count(loaded.model)
     if not trains:
         raise recipe.error("tune", "nothing is left to train")
+    if recipe.model.from_scratch and trains < total:
+        notes.append(f"the weights of {recipe.model.label} are random, and those that {recipe.tune.method} freezes stay so")
     return method, own, f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
 
 
@@ -254,7 +277,7 @@ def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[st
     """train, validation, test: read, columns checked, bad rows named or dropped, train's labels learnt."""
     data = recipe.data
     options: dict[str, Any] = {"folders": folders, "format": data.format, "names": data.names, "quoting": data.quoting,
-                               "bad_rows": data.bad_rows}  # fmt: skip
+                               "bad_rows": data.bad_rows, "way_out": recipe.way_out}  # fmt: skip
     where = f"{recipe.where('data.columns')}: data.columns"
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
     tables = {

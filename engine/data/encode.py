@@ -29,6 +29,8 @@ VERSION = 2  # of the file's layout: part of the hash
 CHUNK = 1000  # examples tokenised between two looks at `interrupted`
 
 Array = npt.NDArray[Any]
+Batch = dict[str, torch.Tensor]
+Vary = Callable[[Batch, Array, tuple[int, int] | None], Batch]  # (batch, its examples, (seed, epoch) or None in evaluation)
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Encoded:
     padding: dict[str, int]  # name -> what fills a ragged column up
     path: Path | None = None
     reused: bool = False
+    vary: Vary | None = None  # what the task changes in a batch each time that it is seen
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,9 +61,12 @@ class Encoded:
         """Where each example stands, from the places of the rows."""
         return [rows[i] for i in self.row.tolist()] if "row" in self.scalars else rows
 
-    def batch(self, index: Array) -> dict[str, torch.Tensor]:
-        """The examples `index` as tensors: ragged columns padded to their longest, attention_mask added."""
-        out: dict[str, torch.Tensor] = {}
+    def batch(self, index: Array, place: tuple[int, int] | None = None) -> Batch:
+        """The examples `index` as tensors: ragged columns padded to their longest, attention_mask added.
+
+        `place` is (seed, epoch) in training, where a task may hide other tokens each time.
+        """
+        out: Batch = {}
         for name, (flat, offsets) in self.ragged.items():
             lengths = np.diff(offsets)[index]
             inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
@@ -71,7 +77,7 @@ class Encoded:
             out[name] = torch.from_numpy(padded)  # (B, T)
         for name, values in self.scalars.items():
             out[name] = torch.from_numpy(values[index])  # (B,) or (B, K)
-        return out
+        return self.vary(out, index, place) if self.vary else out
 
 
 def encode(
@@ -83,6 +89,14 @@ def encode(
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Encoded:
     """`rows` as the task sees them, tokenised; from `cache` when the same thing was tokenised before."""
+    made = _encode(task, rows, tokenizer, max_length, cache, interrupted)
+    made.vary = task.vary(tokenizer)
+    return made
+
+
+def _encode(
+    task: Any, rows: list[Row], tokenizer: Any, max_length: int, cache: Path | None, interrupted: Callable[[], bool]
+) -> Encoded:
     path = cache / f"{_key(task, rows, tokenizer, max_length, interrupted)}.arrow" if cache else None
     padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, "labels": -100, **task.padding}
     if path is not None and (found := _open(path, padding, len(rows))):

@@ -68,8 +68,11 @@ def read(
     names: list[str] | None = None,
     quoting: str = "auto",
     bad_rows: str = "error",
+    way_out: str = "",
 ) -> Table:
     """All rows of `sources`, files or hub:OWNER/NAME[/CONFIG]#SPLIT, in order. `where` is the recipe's key in errors.
+
+    `way_out` is what the recipe offers where the hub cannot be reached.
 
     Lines that are no rows stop with a list of the first 20, or with `bad_rows="drop"` are counted in the table.
     """
@@ -78,7 +81,7 @@ def read(
         raise InputError(f"data.names: the column {quoted(twice)} stands there twice")
     for source in sources:
         if source.startswith("hub:"):
-            _read_hub(source, where, table)
+            _read_hub(source, where, table, way_out)
             continue
         path = locate(source, folders)
         if path is None:
@@ -302,7 +305,7 @@ def _read_parquet(raw: bytes, name: str, table: Table) -> None:
     table.places += [f"{name}:row {i}" for i in range(1, len(rows) + 1)]
 
 
-def _read_hub(source: str, where: str, table: Table) -> None:
+def _read_hub(source: str, where: str, table: Table, way_out: str) -> None:
     """hub:OWNER/NAME[/CONFIG]#SPLIT through the datasets library (its cache first)."""
     from engine.hub import reachable
 
@@ -319,7 +322,7 @@ def _read_hub(source: str, where: str, table: Table) -> None:
     except Exception as error:  # datasets raises many kinds; what a reader needs is the same for all of them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         net = "" if online else " The hub cannot be reached and the data set is not in its cache."
-        raise InputError(f"{where}: {source} cannot be loaded: {reason}.{net} Or name a local file.") from error
+        raise InputError(f"{where}: {source} cannot be loaded: {reason}.{net} Or name a local file.{way_out}") from error
     features = loaded.features
     rows = loaded.to_list()
     for column, feature in features.items():  # labels by name, as a file would have them
