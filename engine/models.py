@@ -147,7 +147,9 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
     if longest and max_length > longest:
         raise InputError(f"{where}: data.max_length={max_length} is more than this model's {longest} positions")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"{where}: {source.folder} has no padding token, and no end or unknown token to serve as one")
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     fresh = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())})
