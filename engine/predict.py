@@ -115,6 +115,8 @@ def _inputs(run: runs.Run, texts: list[str] | None, source: str | None) -> read.
     """The rows to predict, all of them usable."""
     inputs = run.task.inputs()
     if texts is not None:
+        if "text" not in inputs:
+            raise InputError(f"--text: this run reads {' and '.join(inputs)}; give them as a file with --input")
         if "text_pair" in inputs:
             raise InputError("--text: this run reads pairs of texts; give them as a file with --input")
         table = read.Table([{inputs["text"]: t} for t in texts], [f"--text {i}" for i in range(1, len(texts) + 1)], {})

@@ -127,7 +127,7 @@ class Data(Group):
         default_factory=dict,
         description="What the task reads -> the column that holds it, such as {text: review}; multilabel's `labels` may name a list.",
     )
-    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "conll"] | None = Field(
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "conll", "squad"] | None = Field(
         None, description="The files' format; by default their ending tells."
     )
     names: list[str] | None = Field(

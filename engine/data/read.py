@@ -229,6 +229,9 @@ def _json(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[
     at = skip(0)
     if at == len(text):
         return
+    if text[at] == "{" and re.search(r'"(?:paragraphs|qas)"\s*:', text):
+        yield from _squad(text, name, names, quotes, bad)
+        return
     if text[at] != "[":
         raise InputError(f"{name}:1: a .json file must hold a list of objects [{{...}}, ...]; one object a line is .jsonl")
     at = skip(at + 1)
@@ -298,7 +301,15 @@ def _conll(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator
     return conll.sentences(_lines(text), name, names, bad)
 
 
-_READERS = {"jsonl": _jsonl, "json": _json, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt, "conll": _conll}
+def _squad(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
+    from engine.data.squad import questions
+
+    return questions(text, name, bad)
+
+
+_READERS = {
+    "jsonl": _jsonl, "json": _json, "squad": _squad, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt, "conll": _conll,
+}  # fmt: skip
 
 
 def _read_parquet(raw: bytes, name: str, table: Table) -> None:
