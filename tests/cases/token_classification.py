@@ -29,7 +29,8 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
     for n in range(count):
         tokens: list[str] = []
         tags: list[str] = []
-        for _ in range(draw.randint(1, 9) if n else 60):
+        least = draw.randint(1, 20) if n else 100  # four windows of 40 tokens
+        while len(tokens) < least:
             kind = draw.choice(["O", "PER", "LOC"])
             size = 1 if kind == "O" else draw.randint(1, 3)
             tokens += draw.choices(WORDS[20:] if kind == "O" else WORDS[:10] if kind == "PER" else WORDS[10:20], k=size)
