@@ -20,7 +20,7 @@ def check(recipe: Recipe) -> None:
     tell("data")
     for name, fact in ready.facts.items():
         tokens = fact["tokens"]
-        labels = ", ".join(f"{label} {n:,}" for label, n in fact["labels"].items())
+        labels = ready.task.summary(fact)
         tell(
             f"  {name:<11} {fact['rows_read']:,} rows read = {fact['rows_used']:,} used + {sum(fact['dropped'].values()):,} dropped; {labels}"
         )
@@ -31,7 +31,8 @@ def check(recipe: Recipe) -> None:
         tell(f"  {'':<11} {fact['duplicates']} duplicates{leaks}; {lengths}")
     tell("\nmodel")
     loaded = ready.loaded
-    tell(f"  {recipe.model.name} ({loaded.source.origin}: {loaded.source.folder})")
+    place = f": {loaded.source.folder}" if recipe.model.name else f", seed {recipe.seed}"
+    tell(f"  {recipe.model.label} ({loaded.source.origin}{place})")
     tell(f"  fresh: {', '.join(loaded.fresh) or 'nothing'}")
     for line in prepare.summed(ready.swapped):
         tell(f"  swap: {line}")
@@ -76,10 +77,8 @@ def _probe(ready: prepare.Prepared) -> list[str]:
             total += float(loss.detach())
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
-    tell(
-        f"  first window: loss {total:.4f}"
-        + (f" (chance: {math.log(len(ready.task.labels)):.4f})" if getattr(ready.task, "labels", None) else "")
-    )
+    chance = ready.task.chance()
+    tell(f"  first window: loss {total:.4f}" + (f" (chance: {chance:.4f})" if chance is not None else ""))
     problems = [] if math.isfinite(total) else [f"the loss of the first window is {total}"]
     if without:
         problems.append(f"{len(without)} parameters train but get no gradient: {', '.join(without[:3])}")

@@ -163,6 +163,18 @@ def test_a_run_goes_on_with_more_or_fewer_ranks(pair: Pair) -> None:
     assert "processes: 2 -> 1" in noted[0]["different"]
 
 
+def test_ranks_agree_on_what_goes_wrong_on_one_of_them(pair: Pair) -> None:
+    """Memory: both cut the window and redo the step. Numbers: both replay, and leave the step out if it does not help."""
+    for name, event, skipped in (("short", "memory", 0), ("replayed", "replayed", 0), ("skipped", "skipped", 1)):
+        first, second = (found[name] for found in pair.found)
+        assert first == second
+        assert (first["step"], first["skipped"]) == (8, skipped)
+        told = [r for r in log(pair.folder / name) if r["event"] == event]
+        assert [r["step"] for r in told] == [3 if name == "short" else 5]
+        if not skipped:
+            assert relative(weights(pair.folder / name), weights(pair.folder / "alone")) < 1e-5
+
+
 def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "engine.launch", "2", "finetune", *arguments],
