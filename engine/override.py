@@ -67,6 +67,11 @@ def leaves(block: dict[str, Any], before: str = "") -> list[str]:
     return found
 
 
+def shown(block: dict[str, Any]) -> str:
+    """What a block replaces, in short: group.key of each, without what lies deeper."""
+    return ", ".join(dict.fromkeys(".".join(key.split(".")[:2]) for key in leaves(block)))
+
+
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """A copy of `base` in which `over` replaces, group by group."""
     out = {k: merged(v, {}) if isinstance(v, dict) else v for k, v in base.items()}

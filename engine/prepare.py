@@ -84,7 +84,7 @@ def prepare(
     folders = (recipe.path.parent,)
     notes: list[str] = []
     if recipe.stand_in:
-        notes.append(f"offline: the recipe's offline block stands in for its own {', '.join(override.leaves(recipe.stand_in))}")
+        notes.append(f"the recipe's offline block stands in for its own {override.shown(recipe.stand_in)}")
     cache = _cache(recipe)
     task = _task(recipe)
     splits = _splits(recipe, task, folders, notes)

@@ -60,7 +60,7 @@ class Recipe:
         block = self.raw.get("offline")
         if self.stand_in or not isinstance(block, dict) or not block:
             return ""
-        return f"\nOr use the stand-in for {', '.join(override.leaves(block))} that this recipe has: OFFLINE=1, or --offline."
+        return f"\nOr use the stand-in that this recipe has ({override.shown(block)}): OFFLINE=1, or --offline."
 
     def with_tune(self, options: dict[str, Any]) -> "Recipe":
         """The same recipe with more options in its `tune` group."""

@@ -482,14 +482,14 @@ def test_a_stand_in_is_used_only_when_asked_for_and_said(files: Path, capsys: py
     said = capsys.readouterr().err
     assert "hub:owner/rows#train cannot be loaded" in said
     assert "OFFLINE=1" in said
-    assert "model.from_scratch.architecture" in said
+    assert "model.from_scratch, model.tokenizer, data.train" in said
     assert main(["finetune", "s.yaml", "data.train=train.jsonl"]) == 2
     said = capsys.readouterr().err
     assert "no model 'owner/large'" in said
     assert "OFFLINE=1" in said
     assert main(["finetune", "s.yaml", "--offline", "--out", "r"]) == 0
     said = capsys.readouterr().out
-    assert "the recipe's offline block stands in for its own model.from_scratch.architecture" in said
+    assert "the recipe's offline block stands in for its own model.from_scratch, model.tokenizer, data.train" in said
     made = recipe.load("s.yaml", offline=True)
     assert (made.model.name, made.model.revision, made.data.train, made.tune.method) == (None, None, ["train.jsonl"], "full")
     assert (made.train.epochs, made.train.batch_size) == (1, 16)
