@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from engine import evaluate, models, optim, runs
 from engine.data import encode, read, rows
 from engine.errors import InputError, listing
+from engine.fast import weights
 from engine.prepare import tell
 
 TOKENS = 4096  # padded tokens in one forward pass
@@ -21,7 +22,8 @@ def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Enc
     run.model.to(device)
     encoded = encode.encode(run.task, table_rows, run.tokenizer, recipe.data.max_length, None)
     autocast = optim.autocast(optim.precision(recipe.train.precision, device), device)
-    return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
+    with weights.lowered(run.model, recipe.train.weights):
+        return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
 
 
 def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str], bad_rows: str) -> read.Table:
