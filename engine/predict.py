@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from engine import blocks, evaluate, models, optim, runs
 from engine.data import encode, read, rows
 from engine.errors import InputError, listing
-from engine.fast import kernels
+from engine.fast import kernels, weights
 from engine.fast.install import install
 from engine.prepare import INPUTS, tell
 
@@ -27,7 +27,7 @@ def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Enc
     if len(encoded) >= WORTHWHILE:
         install(run.model, recipe, {k: v.to(device) for k, v in encoded.unlike().items() if k in INPUTS}, trains=False)
     autocast = optim.autocast(optim.precision(recipe.train.precision, device), device)
-    with kernels.fast_float32(device):
+    with kernels.fast_float32(device), weights.lowered(run.model, recipe.train.weights):
         return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
 
 

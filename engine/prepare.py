@@ -112,6 +112,8 @@ def prepare(
     made.places = encoded["train"].places(splits["train"].table.places)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
+    if kind == "float16" and recipe.train.weights == "bfloat16":
+        raise recipe.error("train.weights", "bfloat16 does not go with train.precision=float16; take bfloat16 or float32 there")
     rates, timetable = _tempo(recipe, loaded.model, method, head, made.per_epoch)
     coverage += timetable
     ready = Prepared(

@@ -106,13 +106,14 @@ class Vocabulary:
 
 def _why_not(model: Any) -> tuple[str, str]:
     """(the path of the table of word embeddings, "") where it may become compact, else ("", why not)."""
-    table: Any = model.get_input_embeddings()
+    table = model.get_input_embeddings()
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is table]
     if type(table) is not nn.Embedding or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
         return "", f"the whole vocabulary is kept: its embeddings are a {type(table).__name__} of another kind"
-    if not ever_trains(table.weight):
+    weight: Any = table.weight
+    if not ever_trains(weight):
         return "", ""
-    shared = [name for name, p in model.named_parameters(remove_duplicate=False) if p is table.weight]
+    shared = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(paths) != 1 or len(shared) != 1:
         return "", f"the whole vocabulary trains: its embeddings are shared by {' and '.join(shared)}"
     return paths[0], ""

@@ -20,6 +20,8 @@ Two bytes and two bytes: no more than before; and none for the rest where the we
 sees the float32 ones by the parameters' own names.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +79,16 @@ class Masters:
             p.data = p.master.data if hasattr(p, "master") else join(p.data, self.rests[p])
             p.__dict__.pop("master", None)
         self.working, self.trained, self.hooks, self.rests = [], [], [], {}
+
+
+@contextmanager
+def lowered(model: nn.Module, kind: str) -> Iterator[None]:
+    """A model that computes in `kind` for the block: to predict as a run has evaluated."""
+    masters = Masters(model, kind)
+    try:
+        yield
+    finally:
+        masters.restore()
 
 
 @torch.no_grad()
