@@ -220,6 +220,29 @@ def test_gradient_checkpointing_computes_each_pass_with_its_own_plan(name: str) 
     assert_equal(both(), before)
 
 
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "electra"])  # there a projection follows the embeddings
+def test_padded_states_may_take_the_embeddings_place(name: str) -> None:
+    """As a cache of frozen states does: what the embeddings would give padded is packed before the first block."""
+    from engine.freeze import layout
+
+    model, states = made(name), []
+    parts = layout(model, [])
+    entry = model.get_submodule(parts.before[-1])  # GPT-2: its dropout, the last module before the blocks
+    kept = entry.register_forward_hook(lambda m, args, y: states.append(y.detach()))
+    with torch.no_grad():
+        model(**batch())
+    kept.remove()
+    entry.register_forward_hook(lambda m, args, y: states[0] if len(states[0]) == len(LENGTHS) else y)
+    before = results(model)
+    rows = packing.Packing(model)
+    if name in READ_FIRST:
+        last_layer.LastLayer(model, rows)
+    now = results(model)
+    assert rows.plan is not None
+    assert_equal(now, before)
+    assert not any(path.startswith(parts.before[-1]) for path in now)
+
+
 METHODS = ["last_n", "bitfit", "lora", "dora", "qlora nf4", "lora on embeddings", "ia3", "houlsby", "after norm", "parallel", "compacter",
            "prefix", "prompt", "p-tuning, lstm"]  # fmt: skip
 
