@@ -1,7 +1,8 @@
 """Metric names to scikit-learn calls.
 
-Names are scikit-learn's own. Every metric takes label ids (N,), predicted ids (N,) and probabilities (N, K), and gives
-a plain number. Intervals are percentile bootstrap (Efron 1979): the rows are drawn again with replacement.
+Names are scikit-learn's own. A table of metrics holds functions that take the same arrays, each with the rows as its first
+axis, and give a plain number; CLASSIFICATION's take label ids (N,), predicted ids (N,) and probabilities (N, K). Which table
+is a task's, the task says. Intervals are percentile bootstrap (Efron 1979): the rows are drawn again with replacement.
 """
 
 import warnings
@@ -16,7 +17,7 @@ from sklearn import metrics as sk
 from engine.errors import InputError, nearest
 
 Array = np.ndarray
-Metric = Callable[[Array, Array, Array], float]
+Metric = Callable[..., float]  # of arrays (N, ...)
 LOWER_IS_BETTER = {"loss", "log_loss", "mean_absolute_error", "mean_squared_error"}
 
 
@@ -59,39 +60,38 @@ for _name, _function in (("precision", sk.precision_score), ("recall", sk.recall
         CLASSIFICATION[f"{_name}_{_average}"] = partial(_averaged, _function, _average)
 
 
-def check(names: list[str], where: str, classes: int) -> None:
-    """Every name is known and makes sense for this many classes."""
+OF_TWO = ("precision", "recall", "f1")
+
+
+def check(names: list[str], where: str, table: dict[str, Metric]) -> None:
+    """Every name is known."""
     for name in names:
-        if name not in CLASSIFICATION:
-            raise InputError(f"{where}: evaluate.metrics: no metric '{name}'{nearest(name, CLASSIFICATION)}")
-        if name in ("precision", "recall", "f1") and classes != 2:
-            raise InputError(
-                f"{where}: evaluate.metrics: '{name}' is for two labels, and there are {classes}; write {name}_macro"
-            )
+        if name not in table:
+            raise InputError(f"{where}: evaluate.metrics: no metric '{name}'{nearest(name, table)}")
 
 
-def compute(names: list[str], labels: Array, predicted: Array, probabilities: Array) -> dict[str, float]:
-    """Each metric on all rows; NaN where it is not defined (one class alone has no ROC curve)."""
+def compute(
+    table: dict[str, Metric], names: list[str], arrays: tuple[Array, ...], index: Array | None = None
+) -> dict[str, float]:
+    """Each metric on all rows, or on the rows `index`; NaN where it is not defined (one class alone has no ROC curve)."""
     out = {}
+    chosen = arrays if index is None else tuple(array[index] for array in arrays)
     with warnings.catch_warnings(), config_context(skip_parameter_validation=True):
         warnings.simplefilter("ignore")
         for name in names:
             try:
-                out[name] = CLASSIFICATION[name](labels, predicted, probabilities)
+                out[name] = float(table[name](*chosen))
             except ValueError:
                 out[name] = float("nan")
     return out
 
 
 def intervals(
-    names: list[str], labels: Array, predicted: Array, probabilities: Array, resamples: int, seed: int = 0
+    compute: Callable[[Array], dict[str, float]], names: list[str], count: int, resamples: int, seed: int = 0
 ) -> dict[str, list[float]]:
-    """95 % percentile bootstrap interval of each metric: {name: [low, high]}."""
+    """95 % percentile bootstrap interval of each metric: {name: [low, high]}. `compute` scores the rows of an index, of `count`."""
     random = np.random.Generator(np.random.PCG64(seed))
-    drawn = []
-    for _ in range(resamples):
-        index = random.integers(0, len(labels), len(labels))
-        drawn.append(compute(names, labels[index], predicted[index], probabilities[index]))
+    drawn = [compute(random.integers(0, count, count)) for _ in range(resamples)]
     out = {}
     for name in names:
         values = np.array([d[name] for d in drawn])

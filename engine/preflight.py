@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from engine import optim, prepare, seeds
+from engine import optim, prepare, runs, seeds
 from engine.data.windows import describe_plan
 from engine.layers.quantized import QuantizedLinear
 from engine.prepare import tell
@@ -20,7 +20,7 @@ def check(recipe: Recipe) -> None:
     tell("data")
     for name, fact in ready.facts.items():
         tokens = fact["tokens"]
-        labels = ", ".join(f"{label} {n:,}" for label, n in fact["labels"].items())
+        labels = ready.task.summary(fact)
         tell(
             f"  {name:<11} {fact['rows_read']:,} rows read = {fact['rows_used']:,} used + {sum(fact['dropped'].values()):,} dropped; {labels}"
         )
@@ -31,7 +31,8 @@ def check(recipe: Recipe) -> None:
         tell(f"  {'':<11} {fact['duplicates']} duplicates{leaks}; {lengths}")
     tell("\nmodel")
     loaded = ready.loaded
-    tell(f"  {recipe.model.name} ({loaded.source.origin}: {loaded.source.folder})")
+    place = f": {loaded.source.folder}" if recipe.model.name else f", seed {recipe.seed}"
+    tell(f"  {recipe.model.label} ({loaded.source.origin}{place})")
     tell(f"  fresh: {', '.join(loaded.fresh) or 'nothing'}")
     for line in prepare.summed(ready.swapped):
         tell(f"  swap: {line}")
@@ -44,6 +45,8 @@ def check(recipe: Recipe) -> None:
     parts = f"{plan['micro_batches_per_window']} micro-batches of at most {ready.windows.tokens:,} tokens"
     tell(f"  a window is about {parts}{padding}; {ready.packed}")
     rise = math.ceil(t.warmup * plan["steps"]) if t.warmup < 1 else int(t.warmup)
+    if cached := prepare.cache_frozen(ready, runs.code_sha256(recipe))[1]:
+        tell(f"  {cached}")
     tell(f"  AdamW, learning rate {t.learning_rate:g} after {rise} steps of warm-up, then {t.schedule}")
     tell(f"  {ready.precision} on {ready.device}, clip {t.clip}, weight decay {t.weight_decay}")
     tell(f"  memory: about {_memory(loaded.model) / 2**20:,.0f} MiB for weights, gradients and AdamW, activations on top")
@@ -74,10 +77,8 @@ def _probe(ready: prepare.Prepared) -> list[str]:
             total += float(loss.detach())
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
-    tell(
-        f"  first window: loss {total:.4f}"
-        + (f" (chance: {math.log(len(ready.task.labels)):.4f})" if getattr(ready.task, "labels", None) else "")
-    )
+    chance = ready.task.chance()
+    tell(f"  first window: loss {total:.4f}" + (f" (chance: {chance:.4f})" if chance is not None else ""))
     problems = [] if math.isfinite(total) else [f"the loss of the first window is {total}"]
     if without:
         problems.append(f"{len(without)} parameters train but get no gradient: {', '.join(without[:3])}")

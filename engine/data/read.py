@@ -39,6 +39,7 @@ MAGIC = {
     b"PK\x03\x04": "it is a zip or Excel file; unpack or export it first", b"PAR1": "it is parquet; set data.format=parquet",
 }  # fmt: skip
 DIGITS = "a number of thousands of digits stands here"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # an owner, a name or a configuration
 DEEPEST = 64  # levels of nesting in one row
 csv.field_size_limit(1 << 27)  # a document may be one field
 
@@ -68,8 +69,11 @@ def read(
     names: list[str] | None = None,
     quoting: str = "auto",
     bad_rows: str = "error",
+    way_out: str = "",
 ) -> Table:
     """All rows of `sources`, files or hub:OWNER/NAME[/CONFIG]#SPLIT, in order. `where` is the recipe's key in errors.
+
+    `way_out` is what the recipe offers where the hub cannot be reached.
 
     Lines that are no rows stop with a list of the first 20, or with `bad_rows="drop"` are counted in the table.
     """
@@ -78,7 +82,7 @@ def read(
         raise InputError(f"data.names: the column {quoted(twice)} stands there twice")
     for source in sources:
         if source.startswith("hub:"):
-            _read_hub(source, where, table)
+            _read_hub(source, where, table, way_out)
             continue
         path = locate(source, folders)
         if path is None:
@@ -221,6 +225,9 @@ def _json(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[
     at = skip(0)
     if at == len(text):
         return
+    if text[at] == "{" and re.search(r'"(?:paragraphs|qas)"\s*:', text):
+        yield from _squad(text, name, names, quotes, bad)
+        return
     if text[at] != "[":
         raise InputError(f"{name}:1: a .json file must hold a list of objects [{{...}}, ...]; one object a line is .jsonl")
     at = skip(at + 1)
@@ -286,7 +293,13 @@ def _txt(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[t
             yield number, {"text": line}
 
 
-_READERS = {"jsonl": _jsonl, "json": _json, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt}
+def _squad(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
+    from engine.data.squad import questions
+
+    return questions(text, name, bad)
+
+
+_READERS = {"jsonl": _jsonl, "json": _json, "squad": _squad, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt}
 
 
 def _read_parquet(raw: bytes, name: str, table: Table) -> None:
@@ -302,13 +315,13 @@ def _read_parquet(raw: bytes, name: str, table: Table) -> None:
     table.places += [f"{name}:row {i}" for i in range(1, len(rows) + 1)]
 
 
-def _read_hub(source: str, where: str, table: Table) -> None:
+def _read_hub(source: str, where: str, table: Table, way_out: str) -> None:
     """hub:OWNER/NAME[/CONFIG]#SPLIT through the datasets library (its cache first)."""
     from engine.hub import reachable
 
     name, _, split = source.removeprefix("hub:").partition("#")
     parts = name.split("/")
-    if not split or len(parts) not in (1, 2, 3):
+    if not split or len(parts) not in (1, 2, 3) or not all(HUB_NAME.fullmatch(part) for part in parts):
         raise InputError(f"{where}: '{source}' should be hub:OWNER/NAME[/CONFIG]#SPLIT, such as hub:stanfordnlp/imdb#train")
     import datasets
 
@@ -319,7 +332,7 @@ def _read_hub(source: str, where: str, table: Table) -> None:
     except Exception as error:  # datasets raises many kinds; what a reader needs is the same for all of them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         net = "" if online else " The hub cannot be reached and the data set is not in its cache."
-        raise InputError(f"{where}: {source} cannot be loaded: {reason}.{net} Or name a local file.") from error
+        raise InputError(f"{where}: {source} cannot be loaded: {reason}.{net} Or name a local file.{way_out}") from error
     features = loaded.features
     rows = loaded.to_list()
     for column, feature in features.items():  # labels by name, as a file would have them
