@@ -291,6 +291,30 @@ def test_what_stands_in_the_last_block_decides(recipe: MakeRecipe) -> None:
     assert "the last layer computes what the head reads" in ready.packed
 
 
+def test_a_proof_costs_no_more_however_long_the_texts_are(recipe: MakeRecipe) -> None:
+    lengths = torch.tensor([200, 3, 4])
+    mask = (torch.arange(200) < lengths[:, None]).long()
+    probe = {"input_ids": 5 + mask, "attention_mask": mask}
+    model, seen = made("bert", max_position_embeddings=256), []
+    model.bert.embeddings.register_forward_hook(lambda m, args, y: seen.append(y.shape[:2].numel()))
+    pieces = install(model, recipe(), probe)
+    assert pieces.packing is not None
+    assert pieces.last_layer is not None
+    assert len(seen) == 5, "plain, packed, which positions are read, the last layer packed, and not packed"
+    assert max(seen) == 3 * 64
+    model, seen = made("bert", max_position_embeddings=256), []
+    assert install(model, recipe(), {k: v[[0, 0, 0]] for k, v in probe.items()}).packing is None, "nothing is short enough"
+
+
+def test_a_model_that_cannot_run_on_the_probe_alone_is_left_alone(recipe: MakeRecipe) -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=70, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0)
+    pieces = install(transformers.AutoModelForSeq2SeqLM.from_config(config), recipe(), batch())
+    assert pieces.packing is pieces.last_layer is None
+    assert all("t5 is not one of" in said for said in pieces.said)
+
+
 def test_the_proof_sees_a_piece_that_is_wrong_in_its_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     compute = last_layer.FAMILIES["bert"][0]
 
