@@ -127,7 +127,8 @@ def _inputs(run: runs.Run, texts: list[str] | None, source: str | None) -> read.
             raise InputError("--text: this run reads pairs of texts; give them as a file with --input")
         table = read.Table([{inputs["text"]: t} for t in texts], [f"--text {i}" for i in range(1, len(texts) + 1)], {})
     else:
-        table = _table(run, [str(source)], "--input", inputs, "error")  # one answer for each row, or none at all
+        table = _table(run, [str(source)], "--input", {}, "error")  # one answer for each row, or none at all
+        rows.require_columns(table, run.task.inputs(set().union(*table.rows)), "data.columns")
     problems = [f"{place}: {problem[1]}" for place, row in zip(table.places, table.rows, strict=True)
                 if (problem := run.task.problem(row, target=False))]  # fmt: skip
     if problems:

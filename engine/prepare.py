@@ -20,7 +20,7 @@ from engine import adapters, distributed, find, freeze, models, optim, override,
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError, plain, quoted
 from engine.fast import frozen_cache, kernels
-from engine.fast.install import install
+from engine.fast.install import Pieces, install
 from engine.recipe import Recipe
 
 
@@ -56,6 +56,7 @@ class Prepared:
     metrics: list[str]
     packed: str
     notes: list[str]
+    pieces: Pieces
 
     def places(self, name: str) -> list[str]:
         """Where each example of a split stands: "file:line"."""
@@ -115,7 +116,7 @@ def prepare(
     coverage += timetable
     ready = Prepared(
         recipe, task, splits, facts, encoded, loaded, method, head, own, rates, swapped, coverage, made, steps, device, kind, names,
-        "; ".join(pieces.said), notes,
+        "; ".join(pieces.said), notes, pieces,
     )  # fmt: skip
     announce(ready, say)
     return ready
@@ -155,7 +156,7 @@ def cache_frozen(
         return frozen_cache.install(
             ready.loaded.model, ready.task, splits, ready.head, kind=kind, folder=_cache(recipe), limit=recipe.train.cache_limit,
             device=ready.device, autocast=optim.autocast(ready.precision, ready.device),
-            about=[ready.precision, code, recipe.resolved().get("swap")], interrupted=interrupted,
+            packing=ready.pieces.packing, about=[ready.precision, code, recipe.resolved().get("swap")], interrupted=interrupted,
         )  # fmt: skip
 
 

@@ -127,10 +127,12 @@ class Data(Group):
         default_factory=dict,
         description="What the task reads -> the column that holds it, such as {text: review}; multilabel's `labels` may name a list.",
     )
-    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "squad"] | None = Field(
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "conll", "squad"] | None = Field(
         None, description="The files' format; by default their ending tells."
     )
-    names: list[str] | None = Field(None, description="Column names for csv / tsv files that have no header row.")
+    names: list[str] | None = Field(
+        None, description="Column names for conll files, and for csv / tsv files without a header row."
+    )
     quoting: Literal["auto", "csv", "none"] = Field(
         "auto", description='Quotes in csv / tsv: "csv" reads them, "none" keeps them; auto is csv for .csv, none for .tsv.'
     )
@@ -139,7 +141,11 @@ class Data(Group):
         "error", description="A broken line, a row without text or with an unknown label: stop and name it, or drop and count it."
     )
     train_limit: int | None = Field(None, gt=0, description="Use only the first N rows of train.")
-    max_length: int = Field(128, ge=4, description="Tokens an example may have; longer ones are cut, counted and reported.")
+    max_length: int = Field(
+        128,
+        ge=4,
+        description="Tokens an example may have; longer ones are cut, counted and reported, or become windows (by task).",
+    )
     cache: str = Field(
         "runs/.cache",
         description="Folder of tokenised data, reused by content hash; outside the working folder only by command line.",

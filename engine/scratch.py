@@ -84,7 +84,7 @@ def config_class(architecture: str, where: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     if architecture not in CONFIG_MAPPING_NAMES:
-        near = nearest(architecture, CONFIG_MAPPING_NAMES)
+        near = nearest(architecture, [name for name in CONFIG_MAPPING_NAMES if name[:1] == architecture[:1]])
         hint = near if "did you mean" in near else "; bert, gpt2, llama and t5 are four of those that it knows"
         raise InputError(f"{where}: transformers has no architecture '{architecture}'{hint}")
     return CONFIG_MAPPING[architecture]

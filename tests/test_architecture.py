@@ -22,7 +22,7 @@ LEVELS = [
         "progress",
         "blocks",
     },
-    {"schema", "recipe", "override", "faults"},
+    {"schema", "recipe", "override", "faults", "spans"},
     {"data", "swap", "metrics"},
     {"models", "scratch", "vocabulary", "freeze", "optim", "layers", "tune", "tasks", "fast", "adapters"},
     {"checkpoint", "evaluate"},

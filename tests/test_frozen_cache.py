@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from engine import adapters, disk, distributed, finetune, models, preflight, pre
 from engine import freeze as freezing
 from engine.data.encode import Encoded
 from engine.errors import RunError
-from engine.fast import frozen_cache, frozen_file, packing
+from engine.fast import frozen_cache, frozen_file, last_layer, packing
 from engine.fast.frozen_places import Places
 from engine.tune import last_n, lora, prefix, prompt
 
@@ -110,7 +111,7 @@ def test_losses_and_gradients_are_those_of_the_frozen_part_in_eval_mode(
             assert f"{k} of 3 blocks" in said, said
             one.train()
             same(results(one, encoded), expected, tolerance)
-            assert cache.used == 2, "the probe, and this batch"
+            assert cache.used == 3, "the probe without and with the file, and this batch"
 
 
 def test_a_part_in_training_mode_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,23 +123,28 @@ def test_a_part_in_training_mode_would_be_noticed(monkeypatch: pytest.MonkeyPatc
     assert abs(results(model.train(), tokens())[0] - dropped[0]) > 2e-4
 
 
-@pytest.mark.parametrize("architecture", ["Bert", "Roberta", "Electra", "DistilBert"])
-def test_with_row_packing_and_without_it_is_the_same(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, encoded = [], tokens()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_other_piece_of_speed_works_with_it(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row packing, the last layer where the head reads, both, neither: with the cache and without it."""
+    encoded = tokens()
     probe = encoded.batch(np.array([3, 1, 0]))
     probe.pop("labels")
-    model = laws.still(build(architecture, monkeypatch))
-    head = freeze(model)
-    for packed in (False, True):
-        for cached in (False, True):
+    for n, k in ((1, 2), (0, 3)):
+        model = laws.still(build(architecture, monkeypatch))
+        head, made = freeze(model, n), []
+        for packed, last, cached in itertools.product((False, True), repeat=3):
             one = copy.deepcopy(model)
             packer = packing.install(one, probe)[0] if packed else None
-            cache = put_in(one, head, [encoded])[0] if cached else None
+            layer = last_layer.install(one, probe, packer)[0] if last else None
+            cache, said = put_in(one, head, [encoded], packing=packer) if cached else (None, "")
             made.append(results(one.train(), encoded))
-            assert (packer is not None and packer.plan is not None) == packed
-            assert (cache is not None and cache.used > 0) == cached
-    for other in made[1:]:
-        same(other, made[0], 2e-6)
+            assert not packed or (packer is not None and packer.plan is not None)
+            assert (layer is not None) == (last and architecture not in ("GPT2", "Llama"))
+            assert (cache is not None and cache.used > 0) == cached, said
+            if cache is not None:
+                assert len(cache.seam.blocks) == (2 if layer else k), "the last layer leaves one position"
+        for other in made[1:]:
+            same(other, made[0], 5e-6)
 
 
 def test_only_padding_and_rounding_stand_between_the_file_and_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,6 +425,23 @@ def test_a_run_with_it_is_the_run_without_room_for_it(recipe: MakeRecipe) -> Non
     assert seen[3] == pytest.approx(seen[0], rel=3e-2)
     _, _, said = run(recipe("tune.method=full", "train.cache_frozen=float32", "train.max_steps=2"), "full")
     assert any("not used: no block is frozen below all that trains" in line for line in said)
+
+
+def test_it_works_with_bfloat16_weights_and_pooled_dropout(recipe: MakeRecipe, no_report: None) -> None:
+    seen = []
+    for out, options in (("a", []), ("b", ["train.cache_limit=0", "data.cache=elsewhere"])):
+        _, log, said = run(recipe(*FROZEN, "train.epochs=1", "train.weights=bfloat16", "train.dropout=pool", *options), out)
+        assert any(f"1 of 2 blocks, {'0 MB' if out == 'a' else 'computed each time'}" in line for line in said)
+        seen.append([r["loss"] for r in log if r["event"] == "step"])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-2)
+
+
+def test_tokens_that_change_each_time_are_not_kept(recipe: MakeRecipe) -> None:
+    made = recipe("task=masked_lm", "data.columns={text: text}", *FROZEN)
+    cache, said = prepare.cache_frozen(prepare.prepare(made, say=lambda line: None), {})
+    assert cache is None
+    assert "the task does not hand its tokens to the model as they are" in said
+    assert not list(Path("runs/.cache").glob("*states*"))
 
 
 @pytest.mark.usefixtures("no_report")

@@ -33,12 +33,12 @@ QA = {"id": "q1", "question": "who?", "answers": [{"text": "Ann", "answer_start"
 V2 = {
     "version": "v2.0",
     "data": [
-        {"title": "Ann: a life", "paragraphs": [
+        {"title": "Ann: a life", "topic": 7, "paragraphs": [
             {"context": "Ann sang.", "qas": [QA, {"id": "a:b", "question": "when?", "answers": [], "is_impossible": True,
                                                  "plausible_answers": [{"text": "sang", "answer_start": 4}]}]},
             {"qas": [{**QA, "id": "q3", "level": "easy"}], "context": "Ann ran."},
         ]},
-        {"paragraphs": [{"context": "Bo\u00eb slept.", "qas": []}, {"context": "Bo\u00eb ate.", "qas": [
+        {"paragraphs": [{"context": "Bo\u00eb slept.", "qas": []}, {"context": "Bo\u00eb ate.", "source": "x", "qas": [
             {"id": "q4", "question": "who?", "answers": [{"text": "Bo\u00eb", "answer_start": 0}], "is_impossible": False}]}]},
     ],
 }  # fmt: skip
@@ -53,8 +53,7 @@ def squad(data: Any, name: str = "s.json", **how: Any) -> Path:
 def test_squad_files_become_one_row_a_question_and_lose_nothing(how: dict[str, Any]) -> None:
     table = read.read([str(squad(V2, **how))], "data.train")
     expected = [
-        {**{k: v for k, v in qa.items() if k != "plausible_answers"}, "context": paragraph["context"],
-         **({"title": article["title"]} if "title" in article else {})}
+        {k: v for k, v in {**article, **paragraph, **qa}.items() if k not in ("paragraphs", "qas", "plausible_answers")}
         for article in V2["data"] for paragraph in article["paragraphs"] for qa in paragraph["qas"]
     ]  # fmt: skip
     assert table.rows == expected

@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.data import conll
 from engine.errors import InputError, listing, plain, quoted
 from engine.find import locate
 
 Row = dict[str, Any]
-Bad = Callable[[str, str, str], None]  # (place, reason, detail) of a line that is no row
+Bad = Callable[
+    [str, str, str], None
+]  # (place, reason, detail) of a line that is no row; no detail where nothing is wrong with it
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -33,6 +36,7 @@ FORMATS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".txt": "txt",
+    ".conll": "conll",
 }
 MAGIC = {
     b"\xff\xfe": "it looks like UTF-16", b"\xfe\xff": "it looks like UTF-16", b"\x1f\x8b": "it is gzip; unpack it first",
@@ -100,7 +104,8 @@ def read(
 
         def bad(place: str, reason: str, detail: str, problems: list[str] = problems) -> None:
             table.dropped[reason] += 1
-            problems.append(f"{place}: {detail}")
+            if detail:
+                problems.append(f"{place}: {detail}")
 
         try:
             raw = path.read_bytes()
@@ -299,7 +304,13 @@ def _squad(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator
     return questions(text, name, bad)
 
 
-_READERS = {"jsonl": _jsonl, "json": _json, "squad": _squad, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt}
+def _conll(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
+    return conll.sentences(_lines(text), name, names, bad)
+
+
+_READERS = {
+    "jsonl": _jsonl, "json": _json, "squad": _squad, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt, "conll": _conll,
+}  # fmt: skip
 
 
 def _read_parquet(raw: bytes, name: str, table: Table) -> None:
@@ -340,6 +351,9 @@ def _read_hub(source: str, where: str, table: Table, way_out: str) -> None:
             for row in rows:
                 if row[column] is not None and row[column] >= 0:
                     row[column] = feature.int2str(row[column])
+        elif isinstance(inner := getattr(feature, "feature", None), datasets.ClassLabel):  # a list of them: tags
+            for row in rows:
+                row[column] = row[column] and [inner.int2str(i) if i is not None and i >= 0 else i for i in row[column]]
     table.sources[source] = str(loaded._fingerprint)
     table.rows += rows
     table.places += [f"{source}:row {i}" for i in range(1, len(rows) + 1)]

@@ -8,7 +8,8 @@
       ->  {"id", "title", "question", "context", "answers", "is_impossible"}
 
 v1.1 has no is_impossible. v2.0 marks questions that the context does not answer with it, their answers are []; the answers
-that look right but are not (plausible_answers) are left out. Whatever else a question holds stays in its row.
+that look right but are not (plausible_answers) are left out. Whatever else a question, its paragraph and its article hold
+stays in its row.
 
 These files are often one long line, so a place is more than a line: "dev.json:1, article 3, paragraph 2, question 56be".
 To know the lines at all, the outer four levels are walked here and only what they hold is left to the JSON decoder.
@@ -122,8 +123,7 @@ class _Walk:
         article, end = self.mapping(at, {"paragraphs": self.paragraphs}, "an article")
         if "paragraphs" not in article:
             self.bad(f"{self.name}:{line}, article {self.article}", "no row", 'this article has no "paragraphs"')
-        title = {"title": article["title"]} if article.get("title") else {}
-        self.rows += [(place, {**title, **row}) for place, row in self.of_article]
+        self.rows += [(place, {k: v for k, v in article.items() if k != "paragraphs"} | row) for place, row in self.of_article]
         return None, end
 
     def paragraphs(self, at: int) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class _Walk:
         where = f"article {self.article}, paragraph {self.paragraph}"
         if "qas" not in paragraph:
             self.bad(f"{self.name}:{line}, {where}", "no row", 'this paragraph has no "qas"')
-        context = {"context": paragraph["context"]} if "context" in paragraph else {}
+        about = {k: v for k, v in paragraph.items() if k != "qas"}
         for number, (at_line, qa, source) in enumerate(self.found, 1):
             known = qa.get("id") if isinstance(qa, dict) else None
             which = known if isinstance(known, str) and SIMPLE.fullmatch(known) else number
@@ -147,7 +147,7 @@ class _Walk:
             except _NotARowError as error:
                 self.bad(f"{self.name}:{place}", "no row", str(error))
                 continue
-            self.of_article.append((place, {k: v for k, v in made.items() if k != "plausible_answers"} | context))
+            self.of_article.append((place, about | {k: v for k, v in made.items() if k != "plausible_answers"}))
         return None, end
 
     def context(self, at: int) -> tuple[Any, int]:

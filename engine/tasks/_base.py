@@ -82,8 +82,8 @@ class Base:
         """What a fair split shares out alike."""
         return None
 
-    def inputs(self) -> dict[str, str]:
-        """Role -> column of what a prediction is made from."""
+    def inputs(self, have: set[str] | None = None) -> dict[str, str]:
+        """Role -> column of what a prediction is made from: of a file with the columns `have`, or None for a text alone."""
         return {role: name for role, name in self.columns.items() if self.needs[role] != "target"}
 
     def targets(self) -> set[str]:

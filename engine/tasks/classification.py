@@ -5,7 +5,6 @@
 Loss: the sum over examples of the cross-entropy  -log softmax(logits)[label].  Items are examples.
 """
 
-import itertools
 import math
 import re
 import unicodedata
@@ -51,8 +50,7 @@ class Task(TextTask):
         """Learn the labels from train: as numbers where all are whole numbers, else by the alphabet."""
         found = {name for row in rows if (name := label_name(row.get(self.columns["label"]))) is not None}
         if not self.labels:
-            numbers = all(NUMBER.fullmatch(name) for name in found)
-            self._know(sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found))
+            self._know(in_order(found))
         if len(found) < 2:
             only = f"only {quoted(next(iter(found)))}" if found else "none"
             raise InputError(f"{source}: column '{self.columns['label']}' holds {only}; classification needs two labels or more")
@@ -168,9 +166,12 @@ class Task(TextTask):
 
     @classmethod
     def sections(cls, detail: dict[str, Any], lines: list[dict[str, Any]]) -> list[Block]:
+        sure = [line["probabilities"][line["prediction"]] for line in lines]
+        right = [line["label"] == line["prediction"] for line in lines]
+        low = 1 / max(2, len(detail["labels"]))
         return [
             Matrix("confusion", "Confusion matrix", detail["labels"], detail["confusion_matrix"]),
-            confidence(lines),
+            reliability("confidence", sure, right, low, "confidence (area: rows)", "share right"),
             per_label(detail["per_class"]),
         ]
 
@@ -178,6 +179,12 @@ class Task(TextTask):
     def example(cls, line: dict[str, Any]) -> Example:
         sure = f"{100 * line['probabilities'][line['prediction']]:.1f} %"
         return Example(*shown_columns(line), [line["label"], line["prediction"], sure])
+
+
+def in_order(labels: set[str]) -> list[str]:
+    """As numbers where all are whole numbers, else by the alphabet."""
+    numbers = all(NUMBER.fullmatch(name) for name in labels)
+    return sorted(labels, key=lambda name: (int(name), name)) if numbers else sorted(labels)
 
 
 def probabilities(outputs: np.ndarray) -> np.ndarray:
@@ -192,20 +199,15 @@ def per_label(scores: dict[str, Any]) -> Table:
     return Table("Each label", ["label", "precision", "recall", "f1", "rows"], rows)
 
 
-def confidence(lines: list[dict[str, Any]]) -> Points:
-    """Is a prediction that is 90 % sure right in 90 % of the cases?"""
-    sure = [line["probabilities"][line["prediction"]] for line in lines]
-    right = [line["label"] == line["prediction"] for line in lines]
-    low = 1 / max(2, len(lines[0]["probabilities"]))
-    edges = [low + (1 - low) * i / 8 for i in range(9)]
-    bins = [[i for i, s in enumerate(sure) if a <= s < b or (b == 1 and s >= 1)] for a, b in itertools.pairwise(edges)]
-    bins = [members for members in bins if members]
+def reliability(name: str, sure: list[float], right: list[bool], low: float, across: str, up: str) -> Points:
+    """Is what is 90 % sure right in 90 % of the cases? Eight bins from `low` to 1, each a point."""
+    edges = np.linspace(low, 1, 9)
+    x, y = np.asarray(sure), np.asarray(right, dtype=float)
+    place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 7)
+    bins = [place == i for i in range(8) if (place == i).any()]
     return Points(
-        "confidence", "Confidence against accuracy",
-        [sum(sure[i] for i in members) / len(members) for members in bins],
-        [sum(right[i] for i in members) / len(members) for members in bins],
-        "confidence (area: rows)", "share right", [len(members) / len(lines) for members in bins],
-        line=((low, low), (1.0, 1.0)), said="perfectly calibrated", limits=(-0.03, 1.08),
+        name, "Confidence against accuracy", [float(x[b].mean()) for b in bins], [float(y[b].mean()) for b in bins], across, up,
+        [float(b.mean()) for b in bins], line=((low, low), (1.0, 1.0)), said="perfectly calibrated", limits=(-0.03, 1.08),
     )  # fmt: skip
 
 

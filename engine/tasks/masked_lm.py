@@ -105,7 +105,9 @@ class Task(Base):
             [self.text_of(row) for row in rows], truncation=True, max_length=max_length, return_overflowing_tokens=True
         )
         ids = [one or [tokenizer.unk_token_id or 0] for one in made["input_ids"]]
-        return {"input_ids": ids, "row": list(made["overflow_to_sample_mapping"]), "truncated": [False] * len(ids)}
+        row = list(made["overflow_to_sample_mapping"])
+        asking = {r for r, one in zip(row, ids, strict=True) if tokenizer.mask_token_id in one}
+        return {"input_ids": ids, "row": row, "asks": [r in asking for r in row], "truncated": [False] * len(ids)}
 
     def vary(self, tokenizer: Any) -> Vary:
         """Hide tokens. InputError if the tokenizer has nothing to hide them behind."""
@@ -120,13 +122,14 @@ class Task(Base):
         def hide(batch: Batch, index: np.ndarray, place: tuple[int, int] | None) -> Batch:
             """input_ids (B, T) with some tokens hidden, labels (B, T) with these tokens and -100 elsewhere."""
             ids, labels = batch["input_ids"].numpy(), np.full(batch["input_ids"].shape, -100)
-            for row, label, length, i in zip(ids, labels, batch["attention_mask"].sum(1).tolist(), index.tolist(), strict=True):
+            lengths, asks = batch["attention_mask"].sum(1).tolist(), batch["asks"].tolist()
+            for b, i in enumerate(index.tolist()):
+                if place is None and asks[b]:
+                    continue
                 draw = np.random.Generator(np.random.PCG64([*(place or FIXED), i]))
-                text = row[:length]
-                if place is None and (text == mask).any():
-                    continue  # it asks by itself
+                text, label = ids[b, : lengths[b]], labels[b]
                 free = np.flatnonzero(~np.isin(text, closed))
-                free = free if len(free) else np.arange(length)
+                free = free if len(free) else np.arange(len(text))
                 chosen = draw.permutation(free)[: max(1, round(share * len(free)))]
                 label[chosen] = text[chosen]
                 fate = draw.random(len(chosen))
@@ -158,33 +161,32 @@ class Task(Base):
         return F.cross_entropy(self.forward(model, batch), batch["labels"][batch["labels"] != -100], reduction="sum")
 
     def output(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """For each token (B, T, 4): was it asked, the likeliest one, its probability, the loss. Zeros where nothing was hidden."""
-        labels = batch["labels"]
-        wanted = (labels != -100) | (batch["input_ids"] == self.tokenizer.mask_token_id)
+        """For each token (B, T, 3): the likeliest one, its probability, the loss. Zeros where nothing was asked."""
+        labels, wanted = batch["labels"], self._asked(batch)
         wanted[:, 0] |= ~wanted.any()  # a batch without a question: the head wants one token
         logits = self._logits(model, batch, wanted)  # (M, V)
         best = logits.softmax(-1).max(-1)
         losses = F.cross_entropy(logits, labels[wanted], reduction="none")  # 0 where the label is -100
-        out = torch.zeros(*labels.shape, 4, device=labels.device)
-        out[wanted] = torch.stack([torch.ones_like(losses), best.indices.float(), best.values, losses], -1)
+        out = torch.zeros(*labels.shape, 3, device=labels.device)
+        out[wanted] = torch.stack([best.indices.float(), best.values, losses], -1)
         return out
+
+    def _asked(self, batch: dict[str, Tensor]) -> Tensor:
+        """Where a token is to be told, (B, T): it was hidden here, or in the text itself."""
+        return (batch["labels"] != -100) | (batch["input_ids"] == self.tokenizer.mask_token_id)
 
     def lower_is_better(self, name: str) -> bool:
         return name == "perplexity" or super().lower_is_better(name)
 
     def judge(self, outputs: list[np.ndarray], encoded: Encoded, rows: list[Row]) -> Judged:
         """Right guesses (R,), hidden tokens (R,), losses (R,)."""
-        asked = self._labels(encoded)
-        right = [float(((made[:, 1] == label) & (label != -100)).sum()) for made, label in zip(outputs, asked, strict=True)]
-        items = [float((label != -100).sum()) for label in asked]
-        losses = [float(made[:, 3].astype(np.float64).sum()) for made in outputs]
-        right_, items_, losses_ = (sum_by_row(np.asarray(v), encoded.row, len(rows)) for v in (right, items, losses))
-        return Judged((right_, items_, losses_), losses_, items_)
-
-    @staticmethod
-    def _labels(encoded: Encoded) -> list[np.ndarray]:
-        """What was hidden in evaluation: N arrays (T,), -100 elsewhere."""
-        return [encoded.batch(np.asarray([i]))["labels"][0].numpy() for i in range(len(encoded))]
+        counts = np.zeros((len(encoded), 3))  # right, hidden, loss
+        for i, made in enumerate(outputs):
+            label = encoded.batch(np.asarray([i]))["labels"][0].numpy()
+            hidden = label != -100
+            counts[i] = (made[hidden, 0] == label[hidden]).sum(), hidden.sum(), made[hidden, 2].astype(np.float64).sum()
+        right, items, losses = (sum_by_row(column, encoded.row, len(rows)) for column in counts.T)
+        return Judged((right, items, losses), losses, items)
 
     def predictions(self, outputs: list[np.ndarray], encoded: Encoded, rows: list[Row]) -> list[dict[str, Any]]:
         """The text with the likeliest tokens at the hidden places; for each of them where it is, how sure, and what was hidden."""
@@ -193,15 +195,17 @@ class Task(Base):
             texts, truncation=True, max_length=limit, return_overflowing_tokens=True, return_offsets_mapping=True
         )["offset_mapping"]
         found: list[list[dict[str, Any]]] = [[] for _ in rows]
-        for i, (one, label, spans) in enumerate(zip(outputs, self._labels(encoded), made, strict=True)):
-            for t in np.flatnonzero(one[:, 0]).tolist():
-                start, end = spans[t] if t < len(spans) else (0, 0)
+        for i, (one, spans) in enumerate(zip(outputs, made, strict=True)):
+            batch = encoded.batch(np.asarray([i]))
+            for t in self._asked(batch)[0].nonzero().flatten().tolist():
+                start, end = spans[t] if spans else (0, 0)
                 if start == end:
-                    continue
-                truth = texts[encoded.row[i]][start:end] if label[t] != -100 else None
-                right = None if truth is None else bool(one[t, 1] == label[t])
+                    continue  # a special token, of a text that has no other
+                label = int(batch["labels"][0, t])
+                truth = texts[encoded.row[i]][start:end] if label != -100 else None
+                right = None if truth is None else bool(one[t, 0] == label)
                 found[encoded.row[i]].append({
-                    "start": start, "end": end, "token": self._word(int(one[t, 1])), "probability": float(one[t, 2]),
+                    "start": start, "end": end, "token": self._word(max(0, int(one[t, 0]))), "probability": float(one[t, 1]),
                     "truth": truth, "right": right,
                 })  # fmt: skip
         return [{"prediction": filled(text, tokens), "tokens": tokens} for text, tokens in zip(texts, found, strict=True)]
