@@ -1,7 +1,7 @@
 """Row packing and the last layer at read positions, on every architecture and head, with every kind of method: equal numbers."""
 
-import contextlib
 import copy
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from conftest import MakeRecipe, make_rows
 from laws import CASES, REFUSED, apply, still
-from test_faults import loop
 from torch import Tensor, nn
 
 from engine import evaluate, finetune, models, optim, predict, prepare, runs
@@ -23,6 +22,7 @@ from engine.data.windows import Windows
 from engine.fast import ahead, kernels, last_layer, packing
 from engine.fast.install import install
 from engine.fast.packing import DECODERS, ENCODERS
+from engine.watch import read_log
 
 QUIET: dict[str, Any] = {"say": lambda line: None}
 SMALL = {"vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -220,6 +220,29 @@ def test_gradient_checkpointing_computes_each_pass_with_its_own_plan(name: str) 
     assert_equal(both(), before)
 
 
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "electra"])  # there a projection follows the embeddings
+def test_padded_states_may_take_the_embeddings_place(name: str) -> None:
+    """As a cache of frozen states does: what the embeddings would give padded is packed before the first block."""
+    from engine.freeze import layout
+
+    model, states = made(name), []
+    parts = layout(model, [])
+    entry = model.get_submodule(parts.before[-1])  # GPT-2: its dropout, the last module before the blocks
+    kept = entry.register_forward_hook(lambda m, args, y: states.append(y.detach()))
+    with torch.no_grad():
+        model(**batch())
+    kept.remove()
+    entry.register_forward_hook(lambda m, args, y: states[0] if len(states[0]) == len(LENGTHS) else y)
+    before = results(model)
+    rows = packing.Packing(model)
+    if name in READ_FIRST:
+        last_layer.LastLayer(model, rows)
+    now = results(model)
+    assert rows.plan is not None
+    assert_equal(now, before)
+    assert not any(path.startswith(parts.before[-1]) for path in now)
+
+
 METHODS = ["last_n", "bitfit", "lora", "dora", "qlora nf4", "lora on embeddings", "ia3", "houlsby", "after norm", "parallel", "compacter",
            "prefix", "prompt", "p-tuning, lstm"]  # fmt: skip
 
@@ -268,6 +291,30 @@ def test_what_stands_in_the_last_block_decides(recipe: MakeRecipe) -> None:
     assert "the last layer computes what the head reads" in ready.packed
 
 
+def test_a_proof_costs_no_more_however_long_the_texts_are(recipe: MakeRecipe) -> None:
+    lengths = torch.tensor([200, 3, 4])
+    mask = (torch.arange(200) < lengths[:, None]).long()
+    probe = {"input_ids": 5 + mask, "attention_mask": mask}
+    model, seen = made("bert", max_position_embeddings=256), []
+    model.bert.embeddings.register_forward_hook(lambda m, args, y: seen.append(y.shape[:2].numel()))
+    pieces = install(model, recipe(), probe)
+    assert pieces.packing is not None
+    assert pieces.last_layer is not None
+    assert len(seen) == 5, "plain, packed, which positions are read, the last layer packed, and not packed"
+    assert max(seen) == 3 * 64
+    model, seen = made("bert", max_position_embeddings=256), []
+    assert install(model, recipe(), {k: v[[0, 0, 0]] for k, v in probe.items()}).packing is None, "nothing is short enough"
+
+
+def test_a_model_that_cannot_run_on_the_probe_alone_is_left_alone(recipe: MakeRecipe) -> None:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=70, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0)
+    pieces = install(transformers.AutoModelForSeq2SeqLM.from_config(config), recipe(), batch())
+    assert pieces.packing is pieces.last_layer is None
+    assert all("t5 is not one of" in said for said in pieces.said)
+
+
 def test_the_proof_sees_a_piece_that_is_wrong_in_its_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     compute = last_layer.FAMILIES["bert"][0]
 
@@ -282,35 +329,51 @@ def test_the_proof_sees_a_piece_that_is_wrong_in_its_gradients_alone(monkeypatch
 
 # -- pieces of the loop -----------------------------------------------------------------------------------------------
 
-PIECES = ("packing", "last_layer", "ahead", "float32")
+OFF = {
+    "packing": "train.packing=false", "last_layer": "train.last_layer=false", "ahead": "train.ahead=false",
+    "vocabulary": "train.compact_vocabulary=false", "float32": "", "cache": "train.cache_frozen=off",
+}  # fmt: skip
+PIECES = tuple(OFF)[:-1]
+NEARLY = ("train.weights=bfloat16", "train.precision=bfloat16", "train.dropout=pool")
+CASES_OF_PIECES: dict[str, tuple[str, list[tuple[str, ...]]]] = {  # method, and which pieces are on
+    "full": ("{method: full}", [*((name,) for name in PIECES), *combinations(PIECES, 2), PIECES]),
+    "frozen below": ("{method: last_n, n: 1}", [("cache",), *(("cache", name) for name in PIECES), tuple(OFF)]),
+    "decoder": ("{method: full}", [("packing", "ahead"), PIECES]),
+}
 
 
-@pytest.mark.parametrize("architecture", ["bert", "pretrained decoder"])
+@pytest.mark.parametrize("case", CASES_OF_PIECES)
 def test_any_pieces_together_train_as_the_plain_loop(
-    architecture: str, recipe: MakeRecipe, still_bert: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, recipe: MakeRecipe, still_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each piece alone, every pair, all of them: the losses of 8 steps, in float32 as the plain loop's, in bfloat16 as near."""
+    """Each piece alone, every pair, all of them: the losses of 6 steps are the plain loop's; those asked for by name are near."""
+    from engine import report
 
-    def losses(on: tuple[str, ...], precision: str = "float32") -> tuple[list[float], str]:
-        keys = [f"train.{name}={str(name in on).lower()}" for name in PIECES[:2]]
-        ready = prepare.prepare(recipe(*keys, model=still_bert), **QUIET)
-        if "ahead" in on:
-            ready.windows = ahead.Ahead(ready.windows, ready.device)  # type: ignore[assignment]
-        with kernels.fast_float32(ready.device) if "float32" in on else contextlib.nullcontext():
-            _, _, records, _ = loop(ready, steps=8, precision=precision)
-        return [r["loss"] for r in records if r["event"] == "step"], ready.packed
+    monkeypatch.setattr(report, "write", lambda folder: None)
+    amd, (method, every) = kernels.amd, CASES_OF_PIECES[case]
+    model = make_decoder(Path("llama"), still_bert) if case == "decoder" else still_bert
 
-    if architecture != "bert":
-        still_bert = make_decoder(Path("llama"), still_bert)
+    def losses(on: tuple[str, ...], *more: str) -> tuple[list[float], str]:
+        monkeypatch.setattr(kernels, "amd", amd if "float32" in on else lambda: False)
+        keys = [f"tune={method}", "train.max_steps=6", "train.learning_rate=1e-3", "data.validation=null", "data.test=null"]
+        keys += ["train.cache_frozen=float32" if name == "cache" and name in on else off for name, off in OFF.items()
+                 if off and (name == "cache" or name not in on)]  # fmt: skip
+        folder = f"r{len(list(Path().glob('r*')))}"
+        finetune.finetune(recipe(*keys, *more, model=model), folder, **QUIET)
+        log = list(read_log(Path(folder, "log.jsonl")))
+        return [r["loss"] for r in log if r["event"] == "step"], json.dumps([r for r in log if r["event"] != "step"])
+
     plain, _ = losses(())
-    assert len(plain) == 8
-    every = [(name,) for name in PIECES] + list(combinations(PIECES, 2)) + [PIECES]
-    for on in every if architecture == "bert" else [("packing", "ahead"), PIECES]:
+    assert len(plain) == 6
+    for on in every:
         found, said = losses(on)
         assert found == pytest.approx(plain, rel=1e-5), on
         assert ("rows are packed" in said) == ("packing" in on), said
-        assert ("computes what the head reads" in said) == ("last_layer" in on and architecture == "bert"), said
-    assert losses(PIECES, "bfloat16")[0] == pytest.approx(plain, rel=2e-2)
+        assert ("computes what the head reads" in said) == ("last_layer" in on and case != "decoder"), said
+        assert ("frozen cache: 1 of 2 blocks" in said) == ("cache" in on), said
+        trimmed = "rows of the word embeddings train" in said
+        assert trimmed == ("vocabulary" in on and case != "frozen below"), said  # a table that does not train is left alone
+    assert losses(every[-1], *NEARLY)[0] == pytest.approx(plain, rel=2e-2)
 
 
 def make_decoder(folder: Path, like: Path) -> Path:
@@ -349,11 +412,11 @@ class Broken(Windows):
 
     made = 0
 
-    def window(self, rows: Any) -> Any:
+    def window(self, rows: Any, epoch: int = 0) -> Any:
         self.made += 1
         if self.made == 3:
             raise ValueError("third")
-        return super().window(rows)
+        return super().window(rows, epoch)
 
 
 def threads() -> list[str]:
@@ -385,12 +448,14 @@ def test_errors_arrive_in_their_turn_and_no_thread_is_left() -> None:
 def test_a_window_made_before_memory_ran_short_is_cut_anew() -> None:
     lengths = [8] * 32
     plain = windows(lengths, batch_size=8, tokens=64)
-    early = ahead.Ahead(plain, torch.device("cpu")).epoch(0)
+    early = ahead.Ahead(plain, torch.device("cpu")).epoch(1)
     first = next(early)
     assert len(first.micro_batches) == 1
     smaller = plain.smaller(first)
     assert smaller is not None
-    assert [len(w.micro_batches) for w in (smaller, *early)] == [2, 2, 2, 2]
+    found = [smaller, *early]
+    assert [len(w.micro_batches) for w in found] == [2, 2, 2, 2]
+    assert [w.epoch for w in found] == [1] * 4  # what a batch holds may depend on it
 
 
 # -- prediction -------------------------------------------------------------------------------------------------------

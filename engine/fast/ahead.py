@@ -34,7 +34,7 @@ class Ahead:
             while (pair := coming.result()) is not None:
                 window, tokens = pair
                 coming = thread.submit(self._next, made)
-                yield window if tokens == self.windows.tokens else self.windows.window(window.rows)
+                yield window if tokens == self.windows.tokens else self.windows.window(window.rows, window.epoch)
 
     def _next(self, made: Iterator[Window]) -> tuple[Window, int] | None:
         """The next window and the budget it was cut by; None after the last."""

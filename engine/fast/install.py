@@ -4,7 +4,8 @@
     last layer   only the positions that the head reads     train.last_layer     engine/fast/last_layer.py
 
 A piece that the architecture, a tuning method or a swapped layer makes impossible stays out, and `said` has the reason: it is
-told at the start of a run, by `check`, and in the log. A model that only predicts is compared by its outputs alone.
+told at the start of a run, by `check`, and in the log. A model that only predicts is compared by its outputs alone. Long
+examples are cut for the proof, so that it costs about as much as one step however long the texts are.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from engine.fast.last_layer import LastLayer
 from engine.fast.packing import Packing
 from engine.fast.proof import Proof
 from engine.recipe import Recipe
+
+LONGEST = 64  # tokens of the probe's examples
 
 
 @dataclass
@@ -31,7 +34,9 @@ class Pieces:
 def install(model: Any, recipe: Recipe, probe: dict[str, Tensor], *, trains: bool = True) -> Pieces:
     """Put in what the recipe asks for and what proves itself on `probe`, the inputs of a few examples of unlike lengths."""
     pieces, asked = Pieces(), recipe.train
-    proof = Proof(model, probe, gradients=trains) if asked.packing or asked.last_layer else None
+    possible = (asked.packing and not packing.refusal(model)) or (asked.last_layer and not last_layer.refusal(model))
+    probe = cut(probe)
+    proof = Proof(model, probe, gradients=trains) if possible else None
     if asked.packing:
         pieces.packing, found = packing.install(model, probe, proof)
     else:
@@ -43,3 +48,9 @@ def install(model: Any, recipe: Recipe, probe: dict[str, Tensor], *, trains: boo
         found = "the last layer is whole: train.last_layer is false"
     pieces.said.append(found)
     return pieces
+
+
+def cut(probe: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The probe, (B, T), with at most LONGEST tokens an example; the two shortest keep room for each other."""
+    both = int(probe["attention_mask"].sum(1).sort().values[:2].sum())
+    return {name: tensor[:, : max(LONGEST, both)] for name, tensor in probe.items()}

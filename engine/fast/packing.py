@@ -1,10 +1,10 @@
 """Row packing: short examples share a row, so that padding is hardly computed.
 
-    padded, 4 rows of 9            packed, 2 rows of 9          the mask of the second row: who sees whom
-    a a a a a a a a a              a a a a a a a a a                b b b b b . . . .
-    b b b b b - - - -     ->       b b b b b c c c -                . . . . . c c c .
-    c c c - - - - - -                                               . . . . . . . . -
-    d d - - - - - - -              (d opens a third row)
+    padded, 4 rows of 9            packed, rows of 9            what b, c and padding see in the second row
+    a a a a a a a a a              a a a a a a a a a                b    b b b b b . . . .
+    b b b b b - - - -     ->       b b b b b c c c -                c    . . . . . c c c .
+    c c c - - - - - -                                               -    . . . . . . . . -
+    d d - - - - - - -              (d, two tokens, opens a third)
 
 A transformer treats every token alike but in attention, and tells tokens apart by their positions. So a body that is given
 packed rows, positions that begin anew with each example and a mask that is block-diagonal computes for each example what it
@@ -12,9 +12,10 @@ computes for it alone. Relative positions (DeBERTa, rotary) need no more: a dist
 the example moves. A decoder's mask is causal besides; ModernBERT's local layers look no further than their window.
 
 One seam serves all architectures of the list. A hook before the body (`model.bert`, `model.transformer`, ...) packs its
-inputs, whether ids or embeddings (a prompt's, or hidden states made earlier); a hook after it brings the hidden states back
-to one example a row, (B, T, H), and the head never knows. Calls that ask for more (a cache, all hidden states, attentions)
-and masks that are not padded on the right go through as they came. Outputs are equal to float32's rounding; with dropout
+inputs, whether ids or embeddings; a hook after it brings the hidden states back to one example a row, (B, T, H), and the head
+never knows. States that were made earlier (a cache of what is frozen) may take the embeddings' place, padded as they are.
+Calls that ask for more (keys and values, all hidden states, attentions) and masks that are not padded on the right go through
+as they came. Outputs are equal to float32's rounding; with dropout
 other masks are drawn, since there are fewer places to draw them for.
 
 Rows are filled first-fit-decreasing, each as long as the longest example. On SST-2 a batch of 32 is 33 % useful when
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sliding_window_bidirectional_overlay
 
 from engine.fast.proof import TOLERANCE, Proof
+from engine.freeze import layout
 from engine.models import positions
 
 ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert"}
@@ -138,6 +140,9 @@ class Packing:
                 self._after, prepend=True
             ),  # before what else looks at the output, such as a prompt's hook
         ]
+        blocks = layout(model, []).blocks
+        if blocks:
+            self.hooks.append(model.get_submodule(blocks[0]).register_forward_pre_hook(self._enter))
         if self.config.model_type == "deberta-v2":
             self.hooks.append(body.embeddings.register_forward_pre_hook(self._embed, with_kwargs=True))
 
@@ -181,6 +186,13 @@ class Packing:
             near = sliding_window_bidirectional_overlay(self.config.sliding_window)(0, 0, q, k)
             return {"full_attention": p.mask, "sliding_attention": p.mask & near}
         return p.mask
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> Any:
+        """What enters the first block is packed, unless someone (a cache of frozen states) put padded states in its place."""
+        p = self.plan
+        if p is None or len(args[0]) == p.rows:
+            return None
+        return p.pack(args[0]), *args[1:]
 
     def _embed(self, embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """DeBERTa's embeddings multiply by the mask of the tokens, (R, C), not by that of attention."""
