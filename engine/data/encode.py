@@ -155,12 +155,11 @@ def _write(path: Path, columns: dict[str, list[Any]], rows: int) -> None:
         if isinstance(values[0], list | np.ndarray):
             offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
             flat = np.concatenate([np.asarray(v, dtype=np.int32) for v in values])
-            arrays[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat))
+            arrays[name] = pyarrow.ListArray.from_arrays(_arrow(offsets), _arrow(flat))
         elif isinstance(values[0], tuple):
-            flat = pyarrow.array([number for v in values for number in v])
-            arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, len(values[0]))
+            arrays[name] = pyarrow.FixedSizeListArray.from_arrays(_arrow(np.asarray(values).ravel()), len(values[0]))
         else:
-            arrays[name] = pyarrow.array(values)
+            arrays[name] = _arrow(np.asarray(values))
     table = pyarrow.table(arrays)
     table = table.replace_schema_metadata({"crc32": str(_crc(table)), "rows": str(rows)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -183,8 +182,33 @@ def _crc(table: Any) -> int:
         for chunk in table.column(name).chunks:
             parts = (chunk.offsets, chunk.values) if hasattr(chunk, "offsets") else (_flat(chunk),)
             for part in parts:
-                crc = zlib.crc32(np.ascontiguousarray(part.to_numpy(zero_copy_only=False)).data, crc)
+                crc = zlib.crc32(np.ascontiguousarray(_numbers(part)).data, crc)
     return crc
+
+
+def _arrow(numbers: Array) -> Any:
+    """Numbers (n,) as an Arrow array. pyarrow.array, and to_numpy, would import pandas to see whether they are pandas' own."""
+    import pyarrow
+
+    if numbers.dtype == bool:
+        bits = np.packbits(numbers, bitorder="little")
+        return pyarrow.Array.from_buffers(pyarrow.bool_(), len(numbers), [None, pyarrow.py_buffer(bits)])
+    kind = pyarrow.from_numpy_dtype(numbers.dtype)
+    return pyarrow.Array.from_buffers(kind, len(numbers), [None, pyarrow.py_buffer(np.ascontiguousarray(numbers))])
+
+
+def _numbers(array: Any) -> Array:
+    """An Arrow array of numbers, none of them missing, as (n,); a view where it can be one."""
+    if array.null_count:
+        raise ValueError("numbers are missing")
+    kind, buffer, end = np.dtype(array.type.to_pandas_dtype()), array.buffers()[1], array.offset + len(array)
+    if buffer is None:
+        return np.empty(0, dtype=kind)
+    if kind.kind == "b":
+        return np.unpackbits(np.frombuffer(buffer, dtype=np.uint8), bitorder="little")[array.offset : end].astype(bool)
+    numbers = np.frombuffer(buffer, dtype=kind, count=end)[array.offset :]
+    numbers.flags.writeable = False  # it may be a file
+    return numbers
 
 
 def _flat(values: Any) -> Any:
@@ -212,9 +236,9 @@ def _open(path: Path, padding: dict[str, int], rows: int) -> Encoded | None:
         if isinstance(values, pyarrow.ChunkedArray):
             values = values.chunk(0)
         if pyarrow.types.is_list(values.type):
-            ragged[name] = (values.values.to_numpy(), values.offsets.to_numpy())
+            ragged[name] = (_numbers(values.values), _numbers(values.offsets))
         else:
-            flat = _flat(values).to_numpy(zero_copy_only=False)
+            flat = _numbers(_flat(values))
             scalars[name] = flat.reshape(len(values), -1) if len(flat) != len(values) or hasattr(values, "flatten") else flat
     return Encoded(ragged, scalars, padding, path, reused=True)
 
