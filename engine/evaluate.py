@@ -10,6 +10,7 @@ from torch import nn
 
 from engine import distributed, faults, metrics, seeds
 from engine.data.encode import Encoded
+from engine.data.read import Row
 from engine.data.windows import fitting, in_order
 from engine.models import eval_mode
 
@@ -18,8 +19,8 @@ from engine.models import eval_mode
 class Scored:
     """A split's outputs in the file's order, and what they are worth."""
 
-    outputs: np.ndarray  # (N, K) logits
-    losses: np.ndarray  # (N,)
+    outputs: Any  # (N, ...), or a list of N arrays (T, K): the task's
+    judged: Any  # engine.tasks._base.Judged
     scores: dict[str, float]
 
 
@@ -34,8 +35,10 @@ def outputs(
     interrupted: Callable[[], bool] = lambda: False,
     shrunk: Callable[[int], None] = lambda tokens: None,
     places: list[str] | None = None,
-) -> np.ndarray:
+) -> Any:
     """The task's raw outputs for every example, in the examples' order. Raises KeyboardInterrupt once `interrupted` says so.
+
+    One array (N, ...); or, of a task with an output for each token, a list of N arrays (T, ...), each as long as its example.
 
     Of several processes each computes its share, and all get the whole; a signal at one of them stops all. The batches are
     the same for any number of processes, and so are the outputs to the bit; they are dealt to the ranks in turn.
@@ -46,12 +49,12 @@ def outputs(
     parts: list[tuple[np.ndarray, np.ndarray]] = []  # (row numbers, outputs) of this rank's batches
     todo, budget, stopped = in_order(encoded, tokens)[distributed.rank() :: distributed.world()], tokens, False
     with seeds.untouched(), eval_mode(model), torch.inference_mode():
-        while todo and not stopped:
+        while todo and not (stopped := interrupted()):
             rows = todo[0]
             with faults.Memory(alone=True) as memory:
                 batch = {k: v.to(device, non_blocking=True) for k, v in encoded.batch(rows).items()}
                 with autocast():
-                    part = task.forward(model, batch)
+                    part = task.output(model, batch)
                 parts.append((rows, part.float().cpu().numpy()))
             if memory.short:
                 faults.release()
@@ -61,35 +64,44 @@ def outputs(
                 todo = [part for rows in todo for part in fitting(rows, encoded.lengths, budget)]
             else:
                 del todo[0]
-            stopped = bool(todo) and interrupted()
     if distributed.largest(int(stopped)):
         raise KeyboardInterrupt
     if (least := -int(distributed.largest(-budget))) < tokens:
         shrunk(least)
     everyone = [part for of_rank in distributed.gather(parts) for part in of_rank]
     assert everyone, "an empty split reached evaluation"
+    if task.per_token:
+        trimmed = {i: one[: encoded.lengths[i]] for rows, part in everyone for i, one in zip(rows.tolist(), part, strict=True)}
+        return [trimmed[i] for i in range(len(encoded))]
     made = np.empty((len(encoded), *everyone[0][1].shape[1:]), dtype=everyone[0][1].dtype)
     for rows, part in everyone:
         made[rows] = part
     return made
 
 
-def score(task: Any, made: np.ndarray, labels: np.ndarray, names: list[str]) -> Scored:
-    """Mean loss and the named metrics of outputs (N, K) against labels (N,)."""
-    losses = task.losses(made, labels)
-    probabilities = task.probabilities(made)
-    scores = {"loss": float(losses.astype(np.float64).mean())}
-    scores |= metrics.compute(names, labels, probabilities.argmax(axis=1), probabilities)
-    return Scored(made, losses, scores)
+def score(task: Any, made: Any, encoded: Encoded, rows: list[Row], names: list[str], aim: str | None = None) -> Scored:
+    """Mean loss and the named metrics of outputs. With `aim`, a metric, the task first chooses by these rows what it chooses."""
+    judged = task.judge(made, encoded, rows)
+    if aim and task.calibrate(judged, aim):
+        judged = task.judge(made, encoded, rows)
+    return Scored(made, judged, {"loss": judged.loss, **task.compute(names, judged)})
 
 
-def report(task: Any, scored: Scored, labels: np.ndarray, names: list[str], resamples: int) -> dict[str, Any]:
-    """The long form of a final score: every metric, intervals of the headline ones, confusion matrix, per class."""
-    probabilities = task.probabilities(scored.outputs)
-    predicted = probabilities.argmax(axis=1)
-    every = [n for n in metrics.CLASSIFICATION if len(task.labels) == 2 or n not in ("precision", "recall", "f1")]
+def report(task: Any, scored: Scored, names: list[str], resamples: int) -> dict[str, Any]:
+    """The long form of a final score: every metric, intervals of the headline ones, and the task's details."""
+    judged = scored.judged
+
+    def compute(index: np.ndarray) -> dict[str, float]:
+        return dict(task.compute(names, judged, index))
+
     return {
-        "scores": scored.scores | metrics.compute(every, labels, predicted, probabilities),
-        "intervals": metrics.intervals(names, labels, predicted, probabilities, resamples) if resamples else {},
-        "detail": metrics.detail(task.labels, labels, predicted),
+        "scores": scored.scores | task.compute(task.every_metric(), judged),
+        "intervals": metrics.intervals(compute, names, len(judged.losses), resamples) if resamples else {},
+        "detail": task.detail(judged),
     }
+
+
+def lines(task: Any, scored: Scored, encoded: Encoded, rows: list[Row]) -> list[dict[str, Any]]:
+    """One object a row, in the file's order: its columns, the truth, the prediction, its loss."""
+    made = zip(rows, task.predictions(scored.outputs, encoded, rows), scored.judged.means.tolist(), strict=True)
+    return [{**row, "label": task.gold(row), **one, "loss": loss} for row, one, loss in made]

@@ -31,6 +31,13 @@ def module(kind: str, name: str, where: str) -> ModuleType:
     return importlib.import_module(f"engine.{kind}.{name}")
 
 
+def offers(kind: str, name: str, what: str) -> bool:
+    """Whether engine/KIND/NAME.py defines the class `what`; the file is not run, since that may take seconds."""
+    folders = importlib.import_module(f"engine.{kind}").__path__
+    texts = [path.read_text("utf-8") for folder in folders if (path := Path(folder, f"{name}.py")).exists()]
+    return any(f"\nclass {what}(" in text for text in texts)
+
+
 def method(name: str, where: str, folders: tuple[Path, ...] = ()) -> Any:
     """A tuning method: the module engine/tune/NAME.py, or the class that "file.py:Class" names. Either has `Options` and `apply`."""
     if ":" not in name:

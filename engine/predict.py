@@ -7,21 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from engine import evaluate, models, optim, runs
+from engine import blocks, evaluate, models, optim, runs
 from engine.data import encode, read, rows
 from engine.errors import InputError, listing
-from engine.prepare import tell
+from engine.fast import kernels, weights
+from engine.fast.install import install
+from engine.prepare import INPUTS, tell
 
 TOKENS = 4096  # padded tokens in one forward pass
+WORTHWHILE = 64  # examples; fewer are answered before the pieces of speed would be proven
 
 
 def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Encoded]:
+    """The run's outputs for the rows, by the fast pieces that the recipe asks for and the model allows."""
     recipe = run.recipe
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
     run.model.to(device)
     encoded = encode.encode(run.task, table_rows, run.tokenizer, recipe.data.max_length, None)
+    if len(encoded) >= WORTHWHILE:
+        install(run.model, recipe, {k: v.to(device) for k, v in encoded.unlike().items() if k in INPUTS}, trains=False)
     autocast = optim.autocast(optim.precision(recipe.train.precision, device), device)
-    return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
+    with kernels.fast_float32(device), weights.lowered(run.model, recipe.train.weights):
+        return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
 
 
 def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str], bad_rows: str) -> read.Table:
@@ -44,9 +51,9 @@ def evaluate_run(
     split = rows.clean(table, run.task, run.recipe.data.bad_rows)
     made, encoded = _outputs(run, split.table.rows)
     names = run.recipe.evaluate.metrics or run.task.default_metrics
-    labels = encoded.scalars["labels"]
-    scored = evaluate.score(run.task, made, labels, names)
-    report = evaluate.report(run.task, scored, labels, names, run.recipe.evaluate.bootstrap)
+    run.task.check(names, "evaluate.metrics")
+    scored = evaluate.score(run.task, made, encoded, split.table.rows, names)
+    report = evaluate.report(run.task, scored, names, run.recipe.evaluate.bootstrap)
     result = {"data": files, "rows_read": split.read, "rows": len(split), "dropped": dict(split.dropped), **report}
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -60,20 +67,10 @@ def evaluate_run(
     for name, value in report["scores"].items():
         interval = report["intervals"].get(name)
         tell(f"  {name:<20} {value:8.4f}" + (f"   95 % [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
-    print_detail(report["detail"])
+    for block in run.task.sections(report["detail"], evaluate.lines(run.task, scored, encoded, split.table.rows)):
+        if said := blocks.printed(block):
+            tell("\n" + "\n".join(said))
     return result
-
-
-def print_detail(detail: dict[str, Any]) -> None:
-    """The per-class table and the confusion matrix."""
-    labels = detail["labels"]
-    width = max(12, *(len(name) for name in labels))
-    tell(f"\n  {'label':<{width}} precision  recall      f1  rows")
-    for name, row in detail["per_class"].items():
-        tell(f"  {name:<{width}} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:5}")
-    tell(f"\n  {'truth, predicted':<{width}} " + " ".join(f"{name[:12]:>12}" for name in labels))
-    for name, counts in zip(labels, detail["confusion_matrix"], strict=True):
-        tell(f"  {name:<{width}} " + " ".join(f"{n:>12}" for n in counts))
 
 
 def predict_run(
@@ -86,7 +83,7 @@ def predict_run(
     also: list[str] | None = None,
     allow_code: bool = False,
 ) -> None:
-    """JSON lines: the input's columns, the label and the probabilities.
+    """JSON lines: the input's columns and the answer: label and probabilities, value, entities, text, by task.
 
     With `also`, each row is answered by every one of the runs, which are held as adapters on one copy of the base weights.
     """
@@ -122,13 +119,16 @@ def _several(folders: list[str], allow_code: bool) -> dict[str, runs.Run]:
 
 def _inputs(run: runs.Run, texts: list[str] | None, source: str | None) -> read.Table:
     """The rows to predict, all of them usable."""
-    inputs = {role: name for role, name in run.task.columns.items() if run.task.roles[role] != "target"}
+    inputs = run.task.inputs()
     if texts is not None:
+        if "text" not in inputs:
+            raise InputError(f"--text: this run reads {' and '.join(inputs)}; give them as a file with --input")
         if "text_pair" in inputs:
             raise InputError("--text: this run reads pairs of texts; give them as a file with --input")
         table = read.Table([{inputs["text"]: t} for t in texts], [f"--text {i}" for i in range(1, len(texts) + 1)], {})
     else:
-        table = _table(run, [str(source)], "--input", inputs, "error")  # one answer for each row, or none at all
+        table = _table(run, [str(source)], "--input", {}, "error")  # one answer for each row, or none at all
+        rows.require_columns(table, run.task.inputs(set().union(*table.rows)), "data.columns")
     problems = [f"{place}: {problem[1]}" for place, row in zip(table.places, table.rows, strict=True)
                 if (problem := run.task.problem(row, target=False))]  # fmt: skip
     if problems:
@@ -138,12 +138,11 @@ def _inputs(run: runs.Run, texts: list[str] | None, source: str | None) -> read.
 
 def _answers(run: runs.Run, table: read.Table) -> Iterator[dict[str, Any]]:
     """For each row its columns (without the target) and what the run says of it."""
-    made, _ = _outputs(run, table.rows)
-    target = next((name for role, name in run.task.columns.items() if run.task.roles[role] == "target"), None)
-    for row, one in zip(table.rows, run.task.predictions(made), strict=True):
-        label = one.pop("prediction")
-        kept = {name: value for name, value in row.items() if name not in (target, "label")}
-        yield {**kept, "label": label, **one}
+    made, encoded = _outputs(run, table.rows)
+    hidden = run.task.targets() | {run.task.answer}
+    for row, one in zip(table.rows, run.task.predictions(made, encoded, table.rows), strict=True):
+        answer = one.pop("prediction")
+        yield {**{name: value for name, value in row.items() if name not in hidden}, run.task.answer: answer, **one}
 
 
 @contextlib.contextmanager

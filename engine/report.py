@@ -2,8 +2,8 @@
 
 import base64
 import io
-import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from engine import disk
+from engine import disk, find
+from engine.blocks import Examples, Matrix, Points, Table
+from engine.blocks import shown as shown_text
 from engine.errors import plain
 from engine.watch import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 INK, SOFT, BLUE, ORANGE, GREEN = "#1d2733", "#9aa7b4", "#2563a8", "#d9730d", "#2e7d4f"
-MISTAKES = 15
 matplotlib.rcParams.update({
     "font.size": 9.5, "font.family": ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei"], "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": SOFT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6eaee",
@@ -42,10 +43,11 @@ def write(folder: Path) -> Path:
         figures["metrics"] = _metrics(by_event["evaluation"], results["best_step"])
     figures["schedule"] = _schedule(by_event.get("step", []))
     final = "test" if "test" in results else "validation" if "validation" in results else None
-    rows = _predictions(folder, final)
-    if final:
-        figures["confusion"] = _confusion(results["detail"][final])
-        figures["confidence"] = _confidence(rows)
+    recipe, rows = _recipe(folder), _predictions(folder, final)
+    task = find.module("tasks", recipe["task"], str(folder)).Task
+    shown = task.sections(results["detail"][final], rows) if final else []
+    drawn = [block for block in shown if isinstance(block, Matrix | Points)]
+    figures |= {block.name: _DRAW[type(block)](block) for block in drawn}
     images = {}
     for name, figure in figures.items():
         buffer = io.BytesIO()
@@ -54,11 +56,14 @@ def write(folder: Path) -> Path:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         images[name] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-    wrong = sorted((r for r in rows if r["label"] != r["prediction"]), key=lambda r: -r["loss"])
+    judged = [task.wrong(row) for row in rows]
+    for fact in by_event["data"][0]["splits"].values():
+        fact["summary"] = task.summary(fact)
     page = _template().render(
-        folder=folder.name, recipe_text=(folder / "recipe.yaml").read_text("utf-8"), recipe=_recipe(folder), results=results,
-        environment=environment, final=final, images=images, rows=len(rows), wrong=len(wrong),
-        mistakes=[_mistake(r) for r in wrong[:MISTAKES]],
+        folder=folder.name, recipe_text=(folder / "recipe.yaml").read_text("utf-8"), recipe=recipe, results=results,
+        environment=environment, final=final, images=images, rows=len(rows), wrong=None if None in judged else sum(judged),
+        plots=[(block.name, block.title) for block in drawn], tables=[block for block in shown if isinstance(block, Table)],
+        examples=[block for block in [*shown, task.mistakes(rows)] if isinstance(block, Examples)], cell=shown_text,
         data=by_event["data"][0]["splits"], model=by_event["model"][0], plan=by_event["plan"][0],
         notes=[n["note"] for n in by_event.get("note", [])], kernels=[k["found"] for k in by_event.get("kernels", [])],
         seconds=by_event.get("finished", [{}])[-1].get("seconds"), headline=by_event["plan"][0]["metrics"] if final else [],
@@ -85,15 +90,6 @@ def _predictions(folder: Path, split: str | None) -> list[dict[str, Any]]:
     if split is None:
         return []
     return [json.loads(line) for line in (folder / "predictions" / f"{split}.jsonl").read_text("utf-8").split("\n") if line]
-
-
-def _mistake(row: dict[str, Any]) -> dict[str, Any]:
-    """A wrong prediction as the page shows it: its texts, what was expected, how sure the model was."""
-    hidden = {"label", "prediction", "probabilities", "loss"}
-    texts = {k: v for k, v in row.items() if k not in hidden and isinstance(v, str) and len(v) > 12}
-    other = {k: v for k, v in row.items() if k not in hidden and k not in texts}
-    return {"texts": texts or other, "label": row["label"], "prediction": row["prediction"], "sure": row["probabilities"][row["prediction"]],
-            "other": other if texts else {}}  # fmt: skip
 
 
 def _axes(title: str, width: float = 6.4, height: float = 2.9) -> tuple[Figure, Any]:
@@ -180,49 +176,41 @@ def _tick(label: str) -> str:
     return label if len(label) <= 40 else label[:37] + "..."
 
 
-def _confusion(detail: dict[str, Any]) -> Figure:
-    labels, counts = [_tick(label) for label in detail["labels"]], detail["confusion_matrix"]
+def _matrix(block: Matrix) -> Figure:
+    labels, counts = [_tick(label) for label in block.labels], block.counts
     size = 2.2 + 0.55 * len(labels)
-    figure, axes = _axes("Confusion matrix", min(9.0, size + 1), min(8.0, size))
+    figure, axes = _axes(block.title, min(9.0, size + 1), min(8.0, size))
     axes.grid(False)
     shares = [[n / max(1, sum(row)) for n in row] for row in counts]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(labels) <= 20:
         for i, row in enumerate(counts):
             for j, n in enumerate(row):
-                axes.text(
-                    j,
-                    i,
-                    f"{n}\n{shares[i][j]:.0%}",
-                    ha="center",
-                    va="center",
-                    fontsize=8.5,
-                    color="white" if shares[i][j] > 0.55 else INK,
-                )
-    axes.set_xticks(
-        range(len(labels)), labels, rotation=30 if len(labels) > 3 else 0, ha="right" if len(labels) > 3 else "center"
-    )
+                text, color = f"{n}\n{shares[i][j]:.0%}", "white" if shares[i][j] > 0.55 else INK
+                axes.text(j, i, text, ha="center", va="center", fontsize=8.5, color=color)
+    many = len(labels) > 3
+    axes.set_xticks(range(len(labels)), labels, rotation=30 if many else 0, ha="right" if many else "center")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("predicted")
     axes.set_ylabel("truth")
     return figure
 
 
-def _confidence(rows: list[dict[str, Any]]) -> Figure:
-    """Is a prediction that is 90 % sure right in 90 % of the cases?"""
-    figure, axes = _axes("Confidence against accuracy", 4.2, 3.2)
-    sure = [r["probabilities"][r["prediction"]] for r in rows]
-    right = [r["label"] == r["prediction"] for r in rows]
-    low = 1 / max(2, len(rows[0]["probabilities"]))
-    edges = [low + (1 - low) * i / 8 for i in range(9)]
-    axes.plot([low, 1], [low, 1], color=SOFT, linewidth=1, linestyle="--", label="perfectly calibrated")
-    for a, b in itertools.pairwise(edges):
-        members = [i for i, s in enumerate(sure) if a <= s < b or (b == 1 and s >= 1)]
-        if members:
-            x, y = sum(sure[i] for i in members) / len(members), sum(right[i] for i in members) / len(members)
-            axes.scatter([x], [y], s=18 + 300 * len(members) / len(rows), color=BLUE, alpha=0.75, linewidths=0)
-    axes.set_xlabel("confidence (area: rows)")
-    axes.set_ylabel("share right")
-    axes.set_ylim(-0.03, 1.08)
-    axes.legend(loc="lower right")
+def _points(block: Points) -> Figure:
+    figure, axes = _axes(block.title, 4.2, 3.2)
+    if block.line:
+        axes.plot(*zip(*block.line, strict=True), color=SOFT, linewidth=1, linestyle="--", label=block.said or None)
+    if block.sizes:
+        axes.scatter(block.x, block.y, s=[18 + 300 * share for share in block.sizes], color=BLUE, alpha=0.75, linewidths=0)
+    else:
+        axes.scatter(block.x, block.y, s=14, color=BLUE, alpha=min(0.75, max(0.15, 200 / max(1, len(block.x)))), linewidths=0)
+    axes.set_xlabel(block.across)
+    axes.set_ylabel(block.up)
+    if block.limits:
+        axes.set_ylim(*block.limits)
+    if block.said:
+        axes.legend(loc="best")
     return figure
+
+
+_DRAW: dict[type, Callable[[Any], Figure]] = {Matrix: _matrix, Points: _points}

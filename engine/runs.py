@@ -1,7 +1,7 @@
 """The run folder: made when a run begins, opened again when someone uses it.
 
     recipe.yaml  environment.json  log.jsonl  metrics.json  predictions/  checkpoints/  model/  adapter/  layers/
-    report.html  plots/  .lock (its owner, engine/lock.py)  quarantine/ (damaged checkpoints, if there ever were any)
+    report.html  plots/  tokenizer.json (if it was trained)  .lock (its owner, engine/lock.py)  quarantine/ (damaged checkpoints)
 
 `layers/` holds a copy of the source of every custom layer. Opening a run rebuilds them, which runs that code; so it is
 run only when it is, byte for byte, the file that the recipe names on this machine, or with --allow-code.
@@ -64,8 +64,10 @@ def write_json(path: Path, value: Any) -> None:
     disk.replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
-    """The source of custom code, environment.json, and recipe.yaml last: with it the run has begun."""
+def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any], tokenizer: str | None = None) -> None:
+    """A tokenizer trained for it, the source of custom code, environment.json, recipe.yaml last: with it the run has begun."""
+    if tokenizer is not None:
+        disk.replace(folder / "tokenizer.json", tokenizer.encode())
     code = {}
     for spec in _specs(recipe):
         code[spec] = _copied(spec, recipe, folder / "layers")
@@ -73,7 +75,7 @@ def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> No
         table = [{"at": rule.at, "with": rule.with_} for rule in recipe.swap]
         write_json(folder / "layers" / "swap.json", {"swap": table, "code": code})
     write_json(folder / "environment.json", environment)
-    disk.replace(folder / "recipe.yaml", yaml12.dump(recipe.resolved()).encode())
+    disk.replace(folder / "recipe.yaml", yaml12.dump(recipe.record()).encode())
 
 
 def _specs(recipe: Recipe) -> list[str]:
@@ -176,25 +178,30 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
     recipe = recipe_of(folder, overrides, allow_code)
     if not (folder / "model" / "config.json").exists():
         raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
-    task_class = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task
     vet.folder(folder / "model", str(folder))
+    task = task_of(folder, recipe)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
     except Exception as error:  # the kinds that a damaged tokenizer raises are many
         raise InputError(f"{folder / 'model'}: the tokenizer cannot be loaded: {str(error).strip()[:200]}") from error
-    auto = getattr(transformers, task_class.auto_class)
+    auto = getattr(transformers, task.auto_class)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     method = method_of(folder, recipe, allow_code)
     if recipe.swap or getattr(method, "STAYS", False):
         model = _rebuild(folder, recipe, method, auto, allow_code)
     else:
         model = auto.from_pretrained(folder / "model", **options)
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    task = task_class(recipe.data.columns, labels)
     metrics = json.loads((folder / "metrics.json").read_text("utf-8")) if (folder / "metrics.json").exists() else {}
     return Run(folder, recipe, task, model.eval(), tokenizer, metrics)
+
+
+def task_of(folder: Path, recipe: Recipe) -> Any:
+    """The run's task with all that it learnt beside the weights (labels, scale, threshold), from the saved model's config."""
+    task = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task(recipe.data.columns, options=recipe.data)
+    task.restore(json.loads((folder / "model" / "config.json").read_text("utf-8")))
+    return task
 
 
 def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: bool) -> Any:

@@ -214,6 +214,11 @@ def _hand_over(readers: list[str]) -> Callable[[nn.Module, tuple[Any, ...], dict
     return hook
 
 
+def outputs_of(made: Any) -> torch.Tensor:
+    """What a head gave, as one tensor: its logits, or the start and end of a span (B, T, 2)."""
+    return made.logits if hasattr(made, "logits") else torch.stack([made.start_logits, made.end_logits], dim=-1)
+
+
 def probe(model: nn.Module, swapped: list[Swapped], batch: dict[str, torch.Tensor], where: str) -> None:
     """One forward pass; where it fails, an InputError that names the module, and the swapped layer whose output led there."""
     running: list[str] = []
@@ -236,7 +241,7 @@ def probe(model: nn.Module, swapped: list[Swapped], batch: dict[str, torch.Tenso
     try:
         with torch.inference_mode():
             made = model(**batch)
-        if not torch.isfinite(made.logits).all():
+        if not torch.isfinite(outputs_of(made)).all():
             raise InputError(f"{where}: on a probe batch the model's outputs are not all finite numbers")
     except InputError:
         raise

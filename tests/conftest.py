@@ -128,6 +128,33 @@ def make_bert(folder: Path, *, layers: int = 2, hidden: int = 32, dropout: float
     return folder
 
 
+def make_decoder(folder: Path, kind: str) -> Path:
+    """A decoder with random weights (gpt2 or llama) and a word tokenizer that has an end token but no padding token."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "<end>", "[UNK]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="<end>", model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(2)
+    sizes = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "llama": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                  "max_position_embeddings": 64},
+    }  # fmt: skip
+    end = vocabulary["<end>"]
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(vocabulary), bos_token_id=end, eos_token_id=end, initializer_range=0.1, **sizes[kind]
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny BERT with dropout."""

@@ -6,6 +6,7 @@ from sklearn import metrics as sk
 
 from engine import metrics
 from engine.errors import InputError
+from engine.tasks import classification
 
 
 def made(k: int, n: int = 200, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -25,29 +26,33 @@ def test_every_metric_is_scikit_learns() -> None:
     }  # fmt: skip
     for name, function in (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score)):
         expected |= {f"{name}_{a}": function(y, p, average=a) for a in ("macro", "micro", "weighted")}
-    found = metrics.compute(list(expected), y, p, q)
+    found = metrics.compute(metrics.CLASSIFICATION, list(expected), (y, p, q))
     assert found == pytest.approx(expected, abs=1e-12)
     y, p, q = made(2)
     binary = {"roc_auc": sk.roc_auc_score(y, q[:, 1]), "f1": sk.f1_score(y, p), "precision": sk.precision_score(y, p), "recall": sk.recall_score(y, p),
               "average_precision": sk.average_precision_score(y, q[:, 1])}  # fmt: skip
-    assert metrics.compute(list(binary), y, p, q) == pytest.approx(binary, abs=1e-12)
+    assert metrics.compute(metrics.CLASSIFICATION, list(binary), (y, p, q)) == pytest.approx(binary, abs=1e-12)
     assert set(expected) | set(binary) == set(metrics.CLASSIFICATION)
 
 
 def test_one_class_alone_has_no_curve_but_no_crash() -> None:
     y, p, q = np.zeros(5, int), np.zeros(5, int), np.full((5, 2), 0.5)
-    found = metrics.compute(["roc_auc", "accuracy"], y, p, q)
+    found = metrics.compute(metrics.CLASSIFICATION, ["roc_auc", "accuracy"], (y, p, q))
     assert found["accuracy"] == 1.0
     assert np.isnan(found["roc_auc"])
 
 
 def test_bootstrap_is_close_to_the_binomial_interval_and_is_pure() -> None:
     y, p, q = made(2, n=800)
-    low, high = metrics.intervals(["accuracy"], y, p, q, 1000)["accuracy"]
+
+    def compute(index: np.ndarray) -> dict[str, float]:
+        return metrics.compute(metrics.CLASSIFICATION, ["accuracy"], (y, p, q), index)
+
+    low, high = metrics.intervals(compute, ["accuracy"], len(y), 1000)["accuracy"]
     share = (y == p).mean()
     half = 1.96 * np.sqrt(share * (1 - share) / len(y))
     assert (low, high) == pytest.approx((share - half, share + half), abs=0.006)
-    assert metrics.intervals(["accuracy"], y, p, q, 1000)["accuracy"] == [low, high]
+    assert metrics.intervals(compute, ["accuracy"], len(y), 1000)["accuracy"] == [low, high]
 
 
 def test_detail_counts_every_class_even_an_absent_one() -> None:
@@ -59,6 +64,6 @@ def test_detail_counts_every_class_even_an_absent_one() -> None:
 
 def test_unknown_metrics_are_named() -> None:
     with pytest.raises(InputError, match="no metric 'acuracy'; did you mean 'accuracy'"):
-        metrics.check(["acuracy"], "r.yaml:3", 2)
+        metrics.check(["acuracy"], "r.yaml:3", metrics.CLASSIFICATION)
     with pytest.raises(InputError, match="'f1' is for two labels, and there are 3; write f1_macro"):
-        metrics.check(["f1"], "r.yaml:3", 3)
+        classification.Task({}, ["a", "b", "c"]).check(["f1"], "r.yaml:3")

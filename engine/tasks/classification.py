@@ -3,9 +3,9 @@
     text [, text_pair]  ->  tokens  ->  model  ->  logits (B, K)  ->  label
 
 Loss: the sum over examples of the cross-entropy  -log softmax(logits)[label].  Items are examples.
-Every other task offers the same names as this class; the loop, evaluation and prediction know no more than these.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -16,31 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import metrics
+from engine.blocks import Block, Example, Matrix, Points, Table
+from engine.data.encode import Encoded
 from engine.data.read import Row
 from engine.errors import InputError, nearest, quoted
+from engine.tasks._base import Judged, labels_of, shown_columns
+from engine.tasks._text import TextTask
 
 NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
-class Task:
+class Task(TextTask):
     """K labels, one for each example."""
 
     roles: ClassVar = {"text": "required", "text_pair": "optional", "label": "target"}
-    auto_class = "AutoModelForSequenceClassification"
     default_metrics: ClassVar = ["accuracy", "f1_macro"]
-    peft_type = "SEQ_CLS"
+    metrics: ClassVar = metrics.CLASSIFICATION
+    header: ClassVar = [("truth", "good"), ("predicted", "bad"), ("how sure", "n")]
 
-    def __init__(self, columns: dict[str, str], labels: list[str] | None = None):
-        unknown = [
-            f"data.columns.{c}: {type(self).__module__.rpartition('.')[2]} reads no '{c}'{nearest(c, self.roles)}"
-            for c in columns
-            if c not in self.roles
-        ]
-        if unknown:
-            raise InputError("\n".join(unknown))
-        self.columns = {
-            role: columns.get(role, role) for role, need in self.roles.items() if need != "optional" or role in columns
-        }
+    def __init__(self, columns: dict[str, Any], labels: list[str] | None = None, options: Any = None):
+        super().__init__(columns, labels, options)
         self._know([label_name(name) or name for name in labels or []])
 
     def _know(self, labels: list[str]) -> None:
@@ -54,8 +50,7 @@ class Task:
         """Learn the labels from train: as numbers where all are whole numbers, else by the alphabet."""
         found = {name for row in rows if (name := label_name(row.get(self.columns["label"]))) is not None}
         if not self.labels:
-            numbers = all(NUMBER.fullmatch(name) for name in found)
-            self._know(sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found))
+            self._know(in_order(found))
         if len(found) < 2:
             only = f"only {quoted(next(iter(found)))}" if found else "none"
             raise InputError(f"{source}: column '{self.columns['label']}' holds {only}; classification needs two labels or more")
@@ -69,32 +64,15 @@ class Task:
         self.ids = {number: int(number) for number in numbers} | self.ids
         return "labels are read as ids: " + ", ".join(f"{i} = {name}" for i, name in enumerate(self.labels))
 
-    def problem(self, row: Row, target: bool = True) -> tuple[str, str] | None:
-        """(reason, detail) of what makes a row unusable, or None."""
-        for role in ("text", "text_pair"):
-            if role in self.columns:
-                name = self.columns[role]
-                text = row.get(name)
-                if text is None:
-                    return f"missing {role}", f"column '{name}' is missing or null"
-                if not isinstance(text, str):
-                    return f"{role} is no text", f"column '{name}' holds a {type(text).__name__} ({text!r:.40}), not a text"
-                if not text.strip():
-                    return f"empty {role}", f"column '{name}' is empty"
-                if not text.isascii() and _broken(text):
-                    return f"{role} is no text", f"column '{name}' holds half of a surrogate pair, which is no character"
-        if target:
-            name = self.columns["label"]
-            if isinstance(row.get(name), list | dict | bytes):
-                return "label is no name", f"column '{name}' holds a {type(row[name]).__name__} ({row[name]!r:.40}), not a label"
-            label = label_name(row.get(name))
-            if label is None:
-                return "missing label", f"column '{name}' has no label"
-            if self.labels and label not in self.ids:
-                return (
-                    "unknown label",
-                    f"column '{name}': the label {quoted(label)} is not in the training set{self._hint(label)}",
-                )
+    def target_problem(self, row: Row) -> tuple[str, str] | None:
+        name = self.columns["label"]
+        if isinstance(row.get(name), list | dict | bytes):
+            return "label is no name", f"column '{name}' holds a {type(row[name]).__name__} ({row[name]!r:.40}), not a label"
+        label = label_name(row.get(name))
+        if label is None:
+            return "missing label", f"column '{name}' has no label"
+        if self.labels and label not in self.ids:
+            return "unknown label", f"column '{name}': the label {quoted(label)} is not in the training set{self._hint(label)}"
         return None
 
     def _hint(self, label: str) -> str:
@@ -103,16 +81,18 @@ class Task:
             self._hints[label] = nearest(label, self.labels)
         return self._hints.get(label, "")
 
-    def text_of(self, row: Row) -> str:
-        """The whole input of a row as one text, to find duplicates by."""
-        return "\x1f".join(str(row.get(self.columns[r], "")) for r in ("text", "text_pair") if r in self.columns)
-
     def stratum(self, row: Row) -> Any:
         return label_name(row[self.columns["label"]])
 
     def facts(self, rows: list[Row]) -> dict[str, Any]:
         counts = Counter(self.ids[name] for row in rows if (name := label_name(row.get(self.columns["label"]))) is not None)
         return {"labels": {label: counts[i] for i, label in enumerate(self.labels)}}
+
+    def gold(self, row: Row) -> Any:
+        return self.labels[self.ids[label_name(row[self.columns["label"]]) or ""]]
+
+    def asked(self) -> str:
+        return "labels: " + ", ".join(self.labels)
 
     # -- tokens and model ---------------------------------------------------------------------------------------------
 
@@ -121,16 +101,10 @@ class Task:
         return [self.columns, self.ids]
 
     def encode(self, rows: list[Row], tokenizer: Any, max_length: int) -> dict[str, list[Any]]:
-        """Ragged input_ids (and token_type_ids of pairs), labels where the rows have them, what was cut."""
-        texts = [row[self.columns["text"]] for row in rows]
-        pairs = [row[self.columns["text_pair"]] for row in rows] if "text_pair" in self.columns else None
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-        out = {"input_ids": encoded["input_ids"], "truncated": [bool(e.overflowing) for e in encoded.encodings]}
-        if pairs and "token_type_ids" in encoded:
-            out["token_type_ids"] = encoded["token_type_ids"]
+        """Tokens; labels where the rows have them, -100 elsewhere."""
         ids, name = self.ids, self.columns["label"]
         labels = [ids.get(label_name(row.get(name)) or "", -100) for row in rows]
-        return {**out, "labels": labels}
+        return {**self.tokens(rows, tokenizer, max_length), "labels": labels}
 
     def model_options(self) -> dict[str, Any]:
         """Written into the model's config, so that the saved model knows its labels."""
@@ -141,49 +115,100 @@ class Task:
             "problem_type": "single_label_classification",
         }
 
-    # -- loss and predictions -----------------------------------------------------------------------------------------
+    def restore(self, config: dict[str, Any]) -> None:
+        self._know(labels_of(config))
+
+    # -- loss and judgement -------------------------------------------------------------------------------------------
 
     def items(self, batch: dict[str, Tensor]) -> int:
         """What the loss sums over: examples."""
         return len(batch["labels"])
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (B, K), float32."""
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "truncated")}
-        logits: Tensor = model(**inputs).logits
-        return logits.float()
-
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The SUM of the examples' cross-entropies; the loop divides by the items of the whole window."""
         return F.cross_entropy(self.forward(model, batch), batch["labels"], reduction="sum")
 
-    def losses(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Each example's loss from its logits: (N, K), (N,) -> (N,)."""
-        return F.cross_entropy(torch.tensor(outputs), torch.tensor(labels), reduction="none").numpy()
+    def chance(self) -> float:
+        return math.log(len(self.labels))
 
-    def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-        """Softmax in float64: (N, K) -> (N, K)."""
-        exp = np.exp(outputs.astype(np.float64) - outputs.max(axis=1, keepdims=True))
-        return np.asarray(exp / exp.sum(axis=1, keepdims=True))
+    def judge(self, outputs: np.ndarray, encoded: Encoded, rows: list[Row]) -> Judged:
+        """Logits (N, K) to labels (N,), predicted (N,), probabilities (N, K)."""
+        labels, q = encoded.scalars["labels"], probabilities(outputs)
+        losses = F.cross_entropy(torch.tensor(outputs), torch.tensor(labels), reduction="none").numpy()
+        return Judged((labels, q.argmax(axis=1), q), losses, np.ones(len(labels)))
 
-    def predictions(self, outputs: np.ndarray) -> list[dict[str, Any]]:
-        """What a user reads for each example."""
+    def check(self, names: list[str], where: str) -> None:
+        super().check(names, where)
+        for name in names:
+            if name in metrics.OF_TWO and len(self.labels) != 2:
+                raise InputError(
+                    f"{where}: evaluate.metrics: '{name}' is for two labels, and there are {len(self.labels)}; write {name}_macro"
+                )
+
+    def every_metric(self) -> list[str]:
+        return [n for n in self.metrics if len(self.labels) == 2 or n not in metrics.OF_TWO]
+
+    def predictions(self, outputs: np.ndarray, encoded: Encoded, rows: list[Row]) -> list[dict[str, Any]]:
+        """The likeliest label and all probabilities, for each row."""
         return [
             {
                 "prediction": self.labels[int(p.argmax())],
                 "probabilities": {name: float(x) for name, x in zip(self.labels, p, strict=True)},
             }
-            for p in self.probabilities(outputs)
+            for p in probabilities(outputs)
         ]
 
+    # -- what is shown ------------------------------------------------------------------------------------------------
 
-def _broken(text: str) -> bool:
-    """Whether a lone surrogate stands in `text`, as the bytes of a command line that are not UTF-8 become."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    def detail(self, judged: Judged) -> dict[str, Any]:
+        labels, predicted, _ = judged.arrays
+        return metrics.detail(self.labels, labels, predicted)
+
+    @classmethod
+    def sections(cls, detail: dict[str, Any], lines: list[dict[str, Any]]) -> list[Block]:
+        sure = [line["probabilities"][line["prediction"]] for line in lines]
+        right = [line["label"] == line["prediction"] for line in lines]
+        low = 1 / max(2, len(detail["labels"]))
+        return [
+            Matrix("confusion", "Confusion matrix", detail["labels"], detail["confusion_matrix"]),
+            reliability("confidence", sure, right, low, "confidence (area: rows)", "share right"),
+            per_label(detail["per_class"]),
+        ]
+
+    @classmethod
+    def example(cls, line: dict[str, Any]) -> Example:
+        sure = f"{100 * line['probabilities'][line['prediction']]:.1f} %"
+        return Example(*shown_columns(line), [line["label"], line["prediction"], sure])
+
+
+def in_order(labels: set[str]) -> list[str]:
+    """As numbers where all are whole numbers, else by the alphabet."""
+    numbers = all(NUMBER.fullmatch(name) for name in labels)
+    return sorted(labels, key=lambda name: (int(name), name)) if numbers else sorted(labels)
+
+
+def probabilities(outputs: np.ndarray) -> np.ndarray:
+    """Softmax in float64: (N, K) -> (N, K)."""
+    exp = np.exp(outputs.astype(np.float64) - outputs.max(axis=1, keepdims=True))
+    return np.asarray(exp / exp.sum(axis=1, keepdims=True))
+
+
+def per_label(scores: dict[str, Any]) -> Table:
+    """Precision, recall, F1 and support of each label."""
+    rows = [[name, row["precision"], row["recall"], row["f1"], row["support"]] for name, row in scores.items()]
+    return Table("Each label", ["label", "precision", "recall", "f1", "rows"], rows)
+
+
+def reliability(name: str, sure: list[float], right: list[bool], low: float, across: str, up: str) -> Points:
+    """Is what is 90 % sure right in 90 % of the cases? Eight bins from `low` to 1, each a point."""
+    edges = np.linspace(low, 1, 9)
+    x, y = np.asarray(sure), np.asarray(right, dtype=float)
+    place = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 7)
+    bins = [place == i for i in range(8) if (place == i).any()]
+    return Points(
+        name, "Confidence against accuracy", [float(x[b].mean()) for b in bins], [float(y[b].mean()) for b in bins], across, up,
+        [float(b.mean()) for b in bins], line=((low, low), (1.0, 1.0)), said="perfectly calibrated", limits=(-0.03, 1.08),
+    )  # fmt: skip
 
 
 def label_name(value: Any) -> str | None:
