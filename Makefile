@@ -27,7 +27,7 @@ $(if $(digits)$(filter 0%,$(value NPROC))$(word 2,$(value NPROC)),$(error NPROC 
 ENGINE := $(BIN)/python -m engine$(if $(filter-out 1,$(value NPROC)),.launch $(value NPROC))
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow prove laws bench bench-methods lint clean
+.PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow prove laws bench bench-trainer bench-scale bench-safety bench-methods lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,10 +39,10 @@ resume: $(VENV)/ready ## go on with a stopped run: RUN=runs/bert_sentiment/lates
 	@exec $(ENGINE) finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" --out "$$RUN" --resume
 
 check: $(VENV)/ready ## what would happen, and what looks wrong: RECIPE=
-	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET
+	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET $(if $(OFFLINE),--offline)
 
 layers: $(VENV)/ready ## every module, its shape, and what trains: RECIPE=
-	@exec $(BIN)/python -m engine layers "$${RECIPE:?name one: make layers RECIPE=bert_sentiment}" $$SET
+	@exec $(BIN)/python -m engine layers "$${RECIPE:?name one: make layers RECIPE=bert_sentiment}" $$SET $(if $(OFFLINE),--offline)
 
 evaluate: $(VENV)/ready ## score a finished run: RUN=runs/bert_sentiment/latest [DATA=file]
 	@exec $(BIN)/python -m engine evaluate "$${RUN:?name one: make evaluate RUN=runs/bert_sentiment/latest}" $${DATA:+--data "$$DATA"} $$SET
@@ -74,8 +74,17 @@ laws: $(VENV)/ready-test ## every tuning method on every architecture: the READM
 bench-methods: $(VENV)/ready-test ## every tuning method on SST-2 (hours; needs ../shared/data)
 	@exec $(BIN)/python tests/bench_methods.py $(ARGS)
 
-bench: $(VENV)/ready-test ## side by side with transformers' Trainer on SST-2 (many minutes; needs ../shared/data)
+bench: $(VENV)/ready-test ## speed and memory beside Trainer, peft and Lightning, in ratios (an hour; needs ../shared/data)
+	@exec $(BIN)/python tests/bench.py $(ARGS)
+
+bench-trainer: $(VENV)/ready-test ## one epoch of SST-2 with the engine and with Trainer: accuracy, time (many minutes)
 	@exec $(BIN)/python tests/bench_trainer.py $(ARGS)
+
+bench-scale: $(VENV)/ready-test ## how the cost grows with rows, length, layers, vocabulary
+	@exec $(BIN)/python tests/bench_scale.py
+
+bench-safety: $(VENV)/ready-test ## the share of a run that goes into keeping it safe
+	@exec $(BIN)/python tests/bench_safety.py
 
 lint: $(VENV)/ready-test ## style and types
 	@$(BIN)/ruff check engine tests

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine import find, swap
+from engine import find, swap, vet
 from engine.errors import InputError, RunError, nearest
 from engine.models import eval_mode
 from engine.recipe import Recipe
@@ -40,6 +40,7 @@ class Adapter:
     tensors: dict[str, Tensor]
     base: str  # the model's name that it was trained on
     own_names: bool  # tensors are named by our parameters' paths
+    revision: str | None = None  # of the base
 
 
 def put_in(model: nn.Module, method: Any, options: Any, head: list[str]) -> tuple[str, list[str]]:
@@ -98,17 +99,23 @@ def read(folder: Path, where: str) -> Adapter:
             raise ValueError("no mapping of keys")
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: {folder / CONFIG} cannot be read: {error}") from error
-    base = str(config.get("base_model_name_or_path") or "")
+    base, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
     if "engine_method" in config:
-        return Adapter(folder, config["engine_method"], config["options"], _tensors(folder, where), base, True)
+        method, options = config["engine_method"], config.get("options")
+        if not isinstance(method, str) or not isinstance(options, dict):
+            raise InputError(f"{where}: {folder / CONFIG} is damaged: engine_method or options is missing")
+        return Adapter(folder, method, options, _tensors(folder, where), base, True, revision)
     if "peft_type" in config:
         kinds = {m.PEFT_TYPE: name for name in find.names("tune") if hasattr(m := find.module("tune", name, where), "PEFT_TYPE")}
         kind = str(config["peft_type"])
         if kind not in kinds:
             raise InputError(f"{where}: {folder}: peft's {kind} is not among what is read here: {', '.join(sorted(kinds))}")
         tensors = {_plain(name): t for name, t in _tensors(folder, where).items()}
-        options = find.module("tune", kinds[kind], where).from_peft(config, tensors)
-        return Adapter(folder, options.pop("method"), options, tensors, base, False)
+        try:
+            options = find.module("tune", kinds[kind], where).from_peft(config, tensors)
+        except (KeyError, TypeError, IndexError) as error:
+            raise InputError(f"{where}: {folder / CONFIG} is damaged: {type(error).__name__} {error}") from error
+        return Adapter(folder, options.pop("method"), options, tensors, base, False, revision)
     from engine.tune import _hub_layout
 
     if _hub_layout.recognised(folder):
@@ -136,6 +143,7 @@ def _tensors(folder: Path, where: str) -> dict[str, Tensor]:
         pickled = [p.name for p in folder.glob("*.bin")]
         why = f"; {pickled[0]} is a pickle, which can run code when opened, and is refused" if pickled else ""
         raise InputError(f"{where}: {folder} has no {WEIGHTS}{why}")
+    vet.header(path, where)
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
@@ -185,7 +193,7 @@ def load(model: Any, method: Any, options: Any, adapter: Adapter, head: list[str
             method.load_peft(model, options, left)
         except InputError as error:
             raise InputError(f"{where}: {adapter.folder}: {error}") from error
-    note = f"begun from {adapter.folder}: {taken + len(left)} tensors"
+    note = f"{adapter.folder}: {taken + len(left)} tensors read"
     return note + (f"; the head is fresh: {fresh[0]} has another shape there" if fresh else "")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import adapters, disk, models, runs, swap
+from engine import adapters, disk, models, prepare, runs, swap
 from engine.errors import InputError, RunError
 
 WORDS = ("the", "a fine day", "no", "it was not what they had been told, and nobody said why", "42", "yes; and more")
@@ -34,12 +34,11 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
         raise InputError(f"{folder}: no adapter/: {recipe.tune.method} changes the model's own weights, and model/ holds them")
     where = f"{folder}/recipe.yaml: model.name"
     task = runs.task_of(folder, recipe)
-    source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, (folder,))
-    loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
+    loaded = prepare.base(recipe, task, (folder,), [], None, folder)
     noted = json.loads((folder / "environment.json").read_text("utf-8"))["model"]["sha256"]
     if loaded.sha256 != noted:
         raise InputError(
-            f"{where}: {source.folder} is not the base of this run: sha256 {loaded.sha256[:12]}..., not {noted[:12]}..."
+            f"{where}: {loaded.source.folder} is not the base of this run: sha256 {loaded.sha256[:12]}..., not {noted[:12]}..."
         )
     model = loaded.model
     head = models.head_of(model, loaded.fresh)
@@ -52,9 +51,8 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
     return runs.Run(folder, recipe, task, model.eval(), loaded.tokenizer, {}), method
 
 
-def share(model: nn.Module, table: dict[str, nn.Parameter]) -> int:
-    """Let parameters that are bit-equal to the table's be the table's; add the others to it. Returns how many are shared."""
-    count = 0
+def share(model: nn.Module, table: dict[str, nn.Parameter]) -> None:
+    """Let parameters that are bit-equal to the table's be the table's; add the others to it."""
     for path, module in model.named_modules():
         for leaf, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -63,8 +61,6 @@ def share(model: nn.Module, table: dict[str, nn.Parameter]) -> int:
             known = table.setdefault(name, parameter)
             if known is not parameter and known.shape == parameter.shape and torch.equal(known, parameter):
                 module._parameters[leaf] = known
-                count += parameter.numel()
-    return count
 
 
 def probe(tokenizer: Any, device: torch.device) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ from engine.recipe import Recipe
 
 def render(recipe: Recipe, results: dict[str, Any], facts: dict[str, Any], names: list[str], keeps_layers: bool, tag: str) -> str:
     """Markdown: what it is, how it was trained, how good it is, how to use it, what it is not for."""
-    front = {
-        "base_model": recipe.model.name, "library_name": "transformers", "pipeline_tag": tag,
+    front = ({"base_model": recipe.model.name} if recipe.model.name else {}) | {
+        "library_name": "transformers", "pipeline_tag": tag,
         "tags": ["fine-tuned", recipe.task, recipe.tune.method],
     }  # fmt: skip
     lines = ["---", yaml12.dump(front).rstrip(), "---", "", f"# {recipe.name}", ""]
-    lines += [f"`{recipe.model.name}`, fine-tuned for {recipe.task} with the method `{recipe.tune.method}`.", ""]
+    began = f"`{recipe.model.name}`, fine-tuned" if recipe.model.name else f"A small {recipe.model.label} from scratch, trained"
+    lines += [f"{began} for {recipe.task} with the method `{recipe.tune.method}`.", ""]
     lines += ["| split | rows | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for split in ("validation", "test"):
         if split in results:

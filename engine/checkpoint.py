@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from engine import disk
 from engine.errors import RunError
-from engine.freeze import ever_trains
+from engine.fast import vocabulary
+from engine.fast.weights import copy_down
+from engine.freeze import ever_trains, moved
 from engine.layers.quantized import quantized
 from engine.models import sha256
 
@@ -35,10 +37,11 @@ SMALL = 1 << 20  # bytes allowed for headers, state.json and the manifest when f
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a step can change: the parameters that train, now or later, and the buffers that are no quantised weights."""
+    """What a step can change: the parameters that train, now or later, in float32; buffers that are no quantised weights."""
     state = model.state_dict(keep_vars=True)
     codes = {f"{path}.{name}" for path, layer in quantized(model).items() for name, _ in layer.named_buffers()}
-    return {n: t.detach() for n, t in state.items() if n not in codes and (not isinstance(t, nn.Parameter) or ever_trains(t))}
+    changing = {n: t for n, t in state.items() if n not in codes and (not isinstance(t, nn.Parameter) or ever_trains(t))}
+    return {n: moved(t).detach() if isinstance(t, nn.Parameter) else t.detach() for n, t in changing.items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -190,9 +193,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
     if saved.keys() != expected.keys():
         odd = sorted(saved.keys() ^ expected.keys())
         raise RunError(f"{path}: it belongs to another model or method: {len(odd)} tensors differ, such as {odd[0]}")
+    vocabulary.check(model, saved, path)
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(saved[name])
+    copy_down(model.parameters())
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: Any) -> None:

@@ -21,8 +21,8 @@ from engine.recipe import Recipe, load
 from engine.watch import read_log
 
 GOES_ON = {("train", "epochs"), ("train", "max_steps"), ("early_stopping", "patience")}  # may change when a run goes on
-IDLE = {("checkpoint", "keep"), ("data", "cache")}  # never change the result
-STARTED = {lock.NAME, "environment.json", "layers"}  # what a start that was killed leaves
+IDLE = {("checkpoint", "keep"), ("data", "cache"), ("train", "cache_limit")}  # never change the result
+STARTED = {lock.NAME, "environment.json", "layers", "tokenizer.json"}  # what a start that was killed leaves
 
 
 @dataclass

@@ -31,6 +31,10 @@ BUCKET = 1 << 24  # numbers that are summed at a time: 64 MB of float32
 _rank, _world, _store = 0, 1, None
 
 
+class RankLostError(RunError):
+    """Another process of the run is gone; the last good checkpoint stays."""
+
+
 def rank() -> int:
     """The number of this process, from 0; rank 0 alone writes and speaks."""
     return _rank
@@ -197,7 +201,4 @@ def _together(exchange: Callable[[], Any]) -> None:
         raise
     except RuntimeError as error:
         cause = "" if "peer" in str(error) else f" ({str(error).splitlines()[0]})"
-        raise RunError(
-            f"another process of this run ended without a word: killed, or out of memory?{cause}"
-            " Go on from the last checkpoint with --resume."
-        ) from error
+        raise RankLostError(f"another process of this run ended without a word: killed, or out of memory?{cause}") from error

@@ -49,7 +49,7 @@ def outputs(
     parts: list[tuple[np.ndarray, np.ndarray]] = []  # (row numbers, outputs) of this rank's batches
     todo, budget, stopped = in_order(encoded, tokens)[distributed.rank() :: distributed.world()], tokens, False
     with seeds.untouched(), eval_mode(model), torch.inference_mode():
-        while todo and not stopped:
+        while todo and not (stopped := interrupted()):
             rows = todo[0]
             with faults.Memory(alone=True) as memory:
                 batch = {k: v.to(device, non_blocking=True) for k, v in encoded.batch(rows).items()}
@@ -64,7 +64,6 @@ def outputs(
                 todo = [part for rows in todo for part in fitting(rows, encoded.lengths, budget)]
             else:
                 del todo[0]
-            stopped = bool(todo) and interrupted()
     if distributed.largest(int(stopped)):
         raise KeyboardInterrupt
     if (least := -int(distributed.largest(-budget))) < tokens:

@@ -148,7 +148,8 @@ def first_not_finite(model: nn.Module, again: Callable[[], Any]) -> str:
         return found[0]
     if not math.isfinite(float(loss)):
         return "the loss; what the model gives is finite"
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    moved = {name: getattr(p, "master", p) for name, p in model.named_parameters()}  # see fast/weights.py
+    grads = {name: p.grad for name, p in moved.items() if p.grad is not None}
     bad = next((name for name in reversed(grads) if not finite([grads[name]])), None)
     if bad:
         return f"the gradient of {bad}"

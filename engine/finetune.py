@@ -20,9 +20,9 @@ from engine import adapters, checkpoint, disk, distributed, evaluate, faults, fr
 from engine.claim import Claim, own
 from engine.data import windows
 from engine.errors import RunError
-from engine.fast import kernels
+from engine.fast import ahead, kernels, working
 from engine.interrupt import Interrupt
-from engine.prepare import Prepared, prepare, summed, tell
+from engine.prepare import Prepared, cache_frozen, prepare, summed, tell
 from engine.progress import Progress, Settings
 from engine.recipe import Recipe
 from engine.train import train
@@ -58,7 +58,7 @@ def finetune(
     with contextlib.nullcontext(claim) if claim else own(recipe, out, resume) as owned:
         try:
             return told_again(owned.folder, say) if owned.state == "finished" else _run(owned, say, interrupted or Interrupt())
-        except (disk.DiskError, faults.FaultError) as error:
+        except (disk.DiskError, faults.FaultError, distributed.RankLostError) as error:
             good = checkpoint.last_good(owned.folder / "checkpoints") if owned.folder else "nothing was begun"
             raise RunError(f"{error}; {good}") from error
 
@@ -67,20 +67,23 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     """The straight line."""
     recipe, began, writes = owned.recipe, time.perf_counter(), distributed.rank() == 0
     going_on = owned.folder is not None and any((owned.folder / "checkpoints").glob("step-*"))
-    ready = prepare(recipe, say, interrupt, resumed=going_on)
+    ready = prepare(recipe, say, interrupt, resumed=going_on, begun=owned.folder if owned.state == "begun" else None)
     model, task = ready.loaded.model, ready.task
 
-    # optimizer and progress
+    # the working model, optimizer and progress
     t = recipe.train
+    lean = working.Working(model, t, ready.encoded, ready.loaded.tokenizer, ready.windows.tokens)
+    lean.prove(model, ready.probe(), f"{recipe.where('train.weights')}: train.weights={t.weights}")
     optimizer = optim.adamw(freeze.groups(model, t.learning_rate, t.weight_decay, ready.rates), t.learning_rate, t.betas, t.eps)
+    lean.follow(optimizer)
     scaler = torch.amp.GradScaler(ready.device.type, enabled=ready.precision == "float16")
     m, source = recipe.model, ready.loaded.source
-    about = {"name": m.name, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
+    about = {"name": m.label, "revision": m.revision, "origin": source.origin, "sha256": ready.loaded.sha256}
     sources = {name: digest for split in ready.splits.values() for name, digest in split.table.sources.items()}
     environment = runs.environment(recipe, str(ready.device), sources, about)
     folder, progress, log_bytes = owned.begin(), Progress(), 0
     if owned.state == "new" and writes:
-        runs.write_start(folder, recipe, environment)
+        runs.write_start(folder, recipe, environment, ready.loaded.trained)
     elif owned.state != "new":
         resume.same_sources(folder, environment)
         progress, log_bytes = resume.go_on(folder, model, optimizer, scaler, say)
@@ -88,15 +91,30 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
     if owned.state != "new" and writes:
         checkpoint.prune(folder / "checkpoints", recipe.checkpoint.keep)  # it may have been killed after a save, before this
         resume.note(folder, progress.step, different, say)
+    try:
+        frozen, cached = cache_frozen(ready, environment["layers"], interrupt)
+    except KeyboardInterrupt:
+        say(f"stopped before training began; go on with: --out {folder} --resume")
+        return Result(folder, progress, {}, int(distributed.largest(interrupt.code)) or 130)
     log = Log(folder / "log.jsonl", keep=log_bytes) if writes else Quiet()
     if log_bytes == 0:
         log({"event": "data", "splits": ready.facts})
         log({"event": "model", **about, "coverage": ready.coverage, "head": ready.head, "swap": summed(ready.swapped)})
         plan = windows.describe_plan(ready.windows, recipe.train.epochs, recipe.train.max_steps)
-        how_fast = {"metrics": ready.metrics, "precision": ready.precision, "packing": ready.packed, "device": str(ready.device)}
+        how_fast = {
+            "metrics": ready.metrics,
+            "precision": ready.precision,
+            "packing": ready.packed,
+            "frozen_cache": cached,
+            "device": str(ready.device),
+        } | lean.said
         log({"event": "plan", **how_fast, **plan})
         for note in ready.notes:
             log({"event": "note", "note": note})
+    if cached:
+        say(f"frozen  {cached.removeprefix('frozen cache: ')}")
+    for piece in lean.said.values():
+        say(f"fast    {piece}")
     say(f"run     {folder}")
 
     # train
@@ -166,7 +184,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
             log({"event": "kernels", "found": products})
         with contextlib.closing(bar):
             train(
-                model, task, ready.windows, optimizer, scaler,
+                model, task, ahead.Ahead(ready.windows, ready.device) if t.ahead else ready.windows, optimizer, scaler,
                 optim.schedule(recipe.train.schedule, recipe.train.warmup, ready.steps), lambda step: freeze.thaw(model, step),
                 settings, progress, device=ready.device, autocast=autocast, evaluate=validate, save=save, write=write,
                 interrupted=agreed,
@@ -175,7 +193,9 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
             say(f"stopped at step {progress.step} of {ready.steps}; go on with: --out {folder} --resume")
             return Result(folder, progress, {}, int(distributed.largest(interrupt.code)) or 130)
 
-        # best weights, final scores, by the same kernels
+        # best weights, final scores: by the same kernels, of the whole model
+        if frozen:
+            frozen.remove()
         best_step = progress.step
         if stop and progress.best is not None:
             best_step = progress.best_step
@@ -198,6 +218,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         write_predictions(folder, name, evaluate.lines(task, scored, ready.encoded[name], ready.splits[name].table.rows))
     results["intervals"] = {name: r["intervals"] for name, r in reports.items()}
     results["detail"] = {name: r["detail"] for name, r in reports.items()}
+    lean.restore()
     task.finish(model)
     if task.state():
         results["task"] = task.state()
@@ -270,7 +291,11 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
     if ready.task.state():
         model.config.task_state = ready.task.state()
     if ready.own:
-        base = {"name": recipe.model.name, "revision": recipe.model.revision, "task_type": ready.task.peft_type}
+        base = {
+            "name": recipe.model.name or f"{recipe.model.label} from scratch",
+            "revision": recipe.model.revision,
+            "task_type": ready.task.peft_type,
+        }
         with disk.refusing(folder / "adapter", needed), disk.whole(folder / "adapter") as hidden:
             adapters.save(model, hidden, method, recipe.tune, ready.head, ready.own, base)
             disk.sync_tree(hidden)
@@ -278,7 +303,7 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
         apart = adapters.merge(model, method, ready.probe())
         log({"event": "merged", "apart": apart})
     keeps = bool(recipe.swap) or getattr(method, "STAYS", False)
-    model.config.name_or_path = recipe.model.name
+    model.config.name_or_path = recipe.model.name or ""
     with disk.refusing(folder / "model", needed), disk.whole(folder / "model") as hidden:
         disk.require(folder, needed)
         model.save_pretrained(hidden)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.errors import InputError, nearest
 from engine.swap import Swapped, matches
@@ -110,14 +110,19 @@ def set_timetable(model: Any, head: list[str], unfreeze: Any, steps_per_epoch: i
 
 
 def thaw(model: nn.Module, step: int) -> list[nn.Parameter]:
-    """Freeze and unfreeze by the timetable; returns the parameters that train at this step (from 0)."""
+    """Freeze and unfreeze by the timetable; returns what the optimizer may move at this step (from 0)."""
     for parameter in model.parameters():
         if hasattr(parameter, "thaws"):
             parameter.requires_grad_(step >= parameter.thaws)
-    return [p for p in model.parameters() if p.requires_grad]
+    return [moved(p) for p in model.parameters() if p.requires_grad]
 
 
-def ever_trains(parameter: nn.Parameter) -> bool:
+def moved(parameter: nn.Parameter) -> nn.Parameter:
+    """What the optimizer moves: the float32 master of a parameter that computes in bfloat16 (fast/weights.py), else itself."""
+    return getattr(parameter, "master", parameter)
+
+
+def ever_trains(parameter: Tensor) -> bool:
     """Whether a parameter trains, now or later in the timetable."""
     return parameter.requires_grad or hasattr(parameter, "thaws")
 
@@ -174,7 +179,7 @@ def groups(
         if ever_trains(parameter):
             vector = parameter.ndim < 2 or id(parameter) in vectors
             key = ((rates or {}).get(name, 1.0), 0.0 if vector else weight_decay)
-            found.setdefault(key, []).append((name, parameter))
+            found.setdefault(key, []).append((name, moved(parameter)))
     return [
         {"params": [p for _, p in named], "names": [n for n, _ in named], "lr": learning_rate * rate,
          "initial_lr": learning_rate * rate, "weight_decay": decay}

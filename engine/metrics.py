@@ -5,17 +5,31 @@ axis, and give a plain number; CLASSIFICATION's take label ids (N,), predicted i
 is a task's, the task says. Intervals are percentile bootstrap (Efron 1979): the rows are drawn again with replacement.
 """
 
+import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn import config_context
-from sklearn import metrics as sk
 
 from engine.errors import InputError, nearest
+
+
+class Later:
+    """A module's functions; it is imported when the first of them is called, for nothing is scored before the first steps."""
+
+    def __init__(self, module: str):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            return getattr(importlib.import_module(self._module), name)(*args, **more)
+
+        return call
+
+
+sk, stats, config_context = Later("sklearn.metrics"), Later("scipy.stats"), Later("sklearn").config_context
 
 Array = np.ndarray
 Metric = Callable[..., float]  # of arrays (N, ...)

@@ -47,10 +47,11 @@ class Loaded:
     source: Source
     fresh: list[str]  # parameters that the weights did not hold: the head, usually
     sha256: str
+    trained: str | None = None  # the tokenizer that was trained for this run, as JSON
 
 
-def find(name: str, revision: str | None, offline: bool, where: str, folders: tuple[Path, ...] = ()) -> Source:
-    """The folder that serves `name`, or an InputError that says what was tried and the ways out."""
+def find(name: str, revision: str | None, offline: bool, where: str, folders: tuple[Path, ...] = (), way_out: str = "") -> Source:
+    """The folder that serves `name`, or an InputError that says what was tried and the ways out; `way_out` is the recipe's own."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -89,7 +90,7 @@ def find(name: str, revision: str | None, offline: bool, where: str, folders: tu
     raise InputError(
         f"{where}: no model '{name}': {'; '.join(tried)}.\n"
         "Three ways out: name a local folder that holds config.json, model.safetensors and the tokenizer; go online once"
-        f" so that it is cached; or use the embedded default, model.name={EMBEDDED}."
+        f" so that it is cached; or use the embedded default, model.name={EMBEDDED}.{way_out}"
     )
 
 
@@ -119,8 +120,8 @@ def _download(name: str, revision: str | None, where: str) -> Path:
         raise InputError(f"{where}: '{name}' cannot be fetched from the hub: {reason}") from error
 
 
-def load(source: Source, auto_class: str, options: dict[str, Any], where: str, max_length: int) -> Loaded:
-    """The model in float32 with its pretrained weights, and its tokenizer. Draws fresh weights from torch's generator."""
+def load(source: Source, auto_class: str, options: dict[str, Any], where: str, max_length: int, tokenizer: Any = None) -> Loaded:
+    """The model in float32 with its pretrained weights, and its tokenizer (or the one given). Draws fresh weights from torch's generator."""
     import transformers
 
     config = vet.folder(source.folder, where)
@@ -128,7 +129,9 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False
+        )
         model, info = getattr(transformers, auto_class).from_pretrained(
             source.folder,
             dtype=torch.float32,
@@ -143,17 +146,26 @@ def load(source: Source, auto_class: str, options: dict[str, Any], where: str, m
         raise InputError(f"{where}: {source.folder} ({config.get('model_type')}) cannot be loaded: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{where}: {source.folder} has no tokenizer.json (a fast tokenizer is needed)")
+    settle(model, tokenizer, where, max_length)
+    fresh = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())})
+    return Loaded(model, tokenizer, source, fresh, weights)
+
+
+def settle(model: Any, tokenizer: Any, where: str, max_length: int) -> None:
+    """Make model and tokenizer agree: the length fits, and both mean the same token by padding, which stands on the right.
+
+    Models without a padding token get their end token for it. What a classifier of GPT-2's or Llama's kind reads is the last
+    token that is no padding *by its config*; were that another one than the batches are padded with, it would read padding.
+    """
     longest, _ = positions(model)
     if longest and max_length > longest:
         raise InputError(f"{where}: data.max_length={max_length} is more than this model's {longest} positions")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token_id is None:
-            raise InputError(f"{where}: {source.folder} has no padding token, and no end or unknown token to serve as one")
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    fresh = sorted(set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())})
-    return Loaded(model, tokenizer, source, fresh, weights)
+            raise InputError(f"{where}: the tokenizer has no padding token, and no end or unknown token to serve as one")
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"  # positions count from the first real token
 
 
 def _digest(folder: Path) -> str:

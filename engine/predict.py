@@ -10,19 +10,25 @@ from typing import Any, TextIO
 from engine import blocks, evaluate, models, optim, runs
 from engine.data import encode, read, rows
 from engine.errors import InputError, listing
-from engine.prepare import tell
+from engine.fast import kernels, weights
+from engine.fast.install import install
+from engine.prepare import INPUTS, tell
 
 TOKENS = 4096  # padded tokens in one forward pass
+WORTHWHILE = 64  # examples; fewer are answered before the pieces of speed would be proven
 
 
 def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Encoded]:
-    """The run's raw outputs for these rows, and the rows as tokens."""
+    """The run's outputs for the rows, by the fast pieces that the recipe asks for and the model allows."""
     recipe = run.recipe
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
     run.model.to(device)
     encoded = encode.encode(run.task, table_rows, run.tokenizer, recipe.data.max_length, None)
+    if len(encoded) >= WORTHWHILE:
+        install(run.model, recipe, {k: v.to(device) for k, v in encoded.unlike().items() if k in INPUTS}, trains=False)
     autocast = optim.autocast(optim.precision(recipe.train.precision, device), device)
-    return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
+    with kernels.fast_float32(device), weights.lowered(run.model, recipe.train.weights):
+        return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
 
 
 def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str], bad_rows: str) -> read.Table:
@@ -121,7 +127,8 @@ def _inputs(run: runs.Run, texts: list[str] | None, source: str | None) -> read.
             raise InputError("--text: this run reads pairs of texts; give them as a file with --input")
         table = read.Table([{inputs["text"]: t} for t in texts], [f"--text {i}" for i in range(1, len(texts) + 1)], {})
     else:
-        table = _table(run, [str(source)], "--input", inputs, "error")  # one answer for each row, or none at all
+        table = _table(run, [str(source)], "--input", {}, "error")  # one answer for each row, or none at all
+        rows.require_columns(table, run.task.inputs(set().union(*table.rows)), "data.columns")
     problems = [f"{place}: {problem[1]}" for place, row in zip(table.places, table.rows, strict=True)
                 if (problem := run.task.problem(row, target=False))]  # fmt: skip
     if problems:

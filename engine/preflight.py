@@ -5,8 +5,9 @@ import math
 
 import torch
 
-from engine import optim, prepare, seeds
+from engine import freeze, optim, prepare, runs, seeds
 from engine.data.windows import describe_plan
+from engine.fast import working
 from engine.layers.quantized import QuantizedLinear
 from engine.prepare import tell
 from engine.recipe import Recipe, shown
@@ -31,31 +32,40 @@ def check(recipe: Recipe) -> None:
         tell(f"  {'':<11} {fact['duplicates']} duplicates{leaks}; {lengths}")
     tell("\nmodel")
     loaded = ready.loaded
-    tell(f"  {recipe.model.name} ({loaded.source.origin}: {loaded.source.folder})")
+    place = f": {loaded.source.folder}" if recipe.model.name else f", seed {recipe.seed}"
+    tell(f"  {recipe.model.label} ({loaded.source.origin}{place})")
     tell(f"  fresh: {', '.join(loaded.fresh) or 'nothing'}")
     for line in prepare.summed(ready.swapped):
         tell(f"  swap: {line}")
     tell(f"  {ready.coverage}")
     tell("\ntraining")
     t = recipe.train
+    lean = working.Working(loaded.model, t, ready.encoded, loaded.tokenizer, ready.windows.tokens)
+    lean.prove(loaded.model, ready.probe(), f"{recipe.where('train.weights')}: train.weights={t.weights}")
     padding = "" if ready.windows.packed else f"; padding adds {plan['padded_tokens'] / plan['real_tokens'] - 1:.0%}"
     windows = f"{plan['windows_per_epoch']} windows x {t.epochs} epochs = {plan['steps']:,} steps"
     tell(f"  {plan['examples']:,} examples / batch {t.batch_size} = {windows}")
     parts = f"{plan['micro_batches_per_window']} micro-batches of at most {ready.windows.tokens:,} tokens"
     tell(f"  a window is about {parts}{padding}; {ready.packed}")
     rise = math.ceil(t.warmup * plan["steps"]) if t.warmup < 1 else int(t.warmup)
+    if cached := prepare.cache_frozen(ready, runs.code_sha256(recipe))[1]:
+        tell(f"  {cached}")
     tell(f"  AdamW, learning rate {t.learning_rate:g} after {rise} steps of warm-up, then {t.schedule}")
     tell(f"  {ready.precision} on {ready.device}, clip {t.clip}, weight decay {t.weight_decay}")
+    for piece in lean.said.values():
+        tell(f"  {piece}")
     tell(f"  memory: about {_memory(loaded.model) / 2**20:,.0f} MiB for weights, gradients and AdamW, activations on top")
     problems = _probe(ready)
+    lean.restore()
     notes = ready.notes + problems
     tell("\n" + ("\n".join(f"note: {n}" for n in notes) if notes else "nothing looks wrong"))
 
 
 def _memory(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers, and of gradient and two averages for what trains."""
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return held + 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    """Bytes of parameters, buffers and float32 masters, and of gradient and two averages for what trains."""
+    trained = {p: freeze.moved(p).nbytes for p in model.parameters() if p.requires_grad}
+    masters = sum(size for p, size in trained.items() if freeze.moved(p) is not p)
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + masters + 3 * sum(trained.values())
 
 
 def _probe(ready: prepare.Prepared) -> list[str]:
@@ -72,7 +82,7 @@ def _probe(ready: prepare.Prepared) -> list[str]:
                 loss = ready.task.loss(model, {k: v.to(ready.device) for k, v in batch.items()}) / window.items
             loss.backward()
             total += float(loss.detach())
-    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    without = [n for n, p in model.named_parameters() if p.requires_grad and freeze.moved(p).grad is None]
     model.zero_grad(set_to_none=True)
     chance = ready.task.chance()
     tell(f"  first window: loss {total:.4f}" + (f" (chance: {chance:.4f})" if chance is not None else ""))

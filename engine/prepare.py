@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from engine import adapters, distributed, find, freeze, models, optim, seeds, swap
+from engine import adapters, distributed, find, freeze, models, optim, override, scratch, seeds, swap, vocabulary
 from engine.data import encode, read, rows, windows
 from engine.errors import InputError, plain, quoted
-from engine.fast import packing
+from engine.fast import frozen_cache, kernels
+from engine.fast.install import Pieces, install
 from engine.recipe import Recipe
 
 
@@ -56,6 +56,7 @@ class Prepared:
     metrics: list[str]
     packed: str
     notes: list[str]
+    pieces: Pieces
 
     def places(self, name: str) -> list[str]:
         """Where each example of a split stands: "file:line"."""
@@ -67,22 +68,32 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, say: Callable[[str], None] = tell, interrupted: Callable[[], bool] = lambda: False, *, resumed: bool = False
+    recipe: Recipe,
+    say: Callable[[str], None] = tell,
+    interrupted: Callable[[], bool] = lambda: False,
+    *,
+    resumed: bool = False,
+    begun: Path | None = None,
 ) -> Prepared:
     """Read, check, load, swap, freeze, encode. Raises InputError; writes nothing but the token cache.
 
-    A resumed run takes its weights from its checkpoint, not from the adapter that `tune.start` names.
+    A resumed run takes its weights from its checkpoint, not from the adapter that `tune.start` names. A tokenizer that was
+    trained for the run in the folder `begun` is that of the run.
     """
     recipe = adapters.started(recipe)
     folders = (recipe.path.parent,)
     notes: list[str] = []
+    if recipe.stand_in:
+        notes.append(f"the recipe's offline block stands in for its own {override.shown(recipe.stand_in)}")
     cache = _cache(recipe)
     task = _task(recipe)
     splits = _splits(recipe, task, folders, notes)
     facts = rows.facts(splits, task)
     names = _metrics(recipe, task)
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
-    loaded, head, swapped = _model(recipe, task, folders)
+    loaded = base(recipe, task, folders, splits["train"].table.rows, cache, begun)
+    head = models.head_of(loaded.model, loaded.fresh)
+    swapped = swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
     method, own, coverage = _tune(recipe, loaded, head, swapped, None if resumed else recipe.tune.start, notes)
     loaded.model.to(device)
     with distributed.first_alone():
@@ -96,15 +107,18 @@ def prepare(
         with models.eval_mode(loaded.model):
             key = "swap" if swapped else "tune.method"
             swap.probe(loaded.model, swapped, _probe(encoded["train"], device), f"{recipe.where(key)}: {key}")
-    made, packed = _windows(recipe, task, loaded.model, encoded["train"], device)
+    pieces = install(loaded.model, recipe, _probe(encoded["train"], device))
+    made = _windows(recipe, task, encoded["train"], device, packed=pieces.packing is not None)
     made.places = encoded["train"].places(splits["train"].table.places)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
+    if kind == "float16" and recipe.train.weights == "bfloat16":
+        raise recipe.error("train.weights", "bfloat16 does not go with train.precision=float16; take bfloat16 or float32 there")
     rates, timetable = _tempo(recipe, loaded.model, method, head, made.per_epoch)
     coverage += timetable
     ready = Prepared(
         recipe, task, splits, facts, encoded, loaded, method, head, own, rates, swapped, coverage, made, steps, device, kind, names,
-        packed, notes,
+        "; ".join(pieces.said), notes, pieces,
     )  # fmt: skip
     announce(ready, say)
     return ready
@@ -116,7 +130,9 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
     sizes = "  ".join(f"{name} {len(split):,}" for name, split in ready.splits.items())
     say(f"data    {sizes} examples; {ready.task.asked()}")
     origin = ready.loaded.source.origin
-    say(f"model   {ready.recipe.model.name} ({origin}), {total / 1e6:.1f} M parameters; head: {', '.join(ready.head)}")
+    say(f"model   {ready.recipe.model.label} ({origin}), {total / 1e6:.1f} M parameters; head: {', '.join(ready.head)}")
+    if ready.loaded.trained:
+        say(f"tokens  {len(ready.loaded.tokenizer):,} pieces, learnt from the texts of data.train")
     for one in summed(ready.swapped):
         say(f"swap    {one}")
     say(f"tune    {ready.coverage}")
@@ -125,6 +141,25 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
     say(f"train   {plan}: {ready.steps} steps, {ready.precision} on {ready.device}{ranks}; {ready.packed}")
     for note in ready.notes:
         say(f"note    {note}")
+
+
+def cache_frozen(
+    ready: Prepared, code: dict[str, str], interrupted: Callable[[], bool] = lambda: False
+) -> tuple[frozen_cache.FrozenCache | None, str]:
+    """The frozen-prefix cache of train and validation, if the recipe asks for it; `code`: sha256 of custom layers. (cache, what to say).
+
+    It comes after a resumed run's weights are in. The test split is scored once, so nothing is gained by keeping its states.
+    """
+    recipe, kind = ready.recipe, ready.recipe.train.cache_frozen
+    if kind == "off":
+        return None, ""
+    splits = [ready.encoded[name] for name in ("train", "validation") if name in ready.encoded]
+    with kernels.fast_float32(ready.device):
+        return frozen_cache.install(
+            ready.loaded.model, ready.task, splits, ready.head, kind=kind, folder=_cache(recipe), limit=recipe.train.cache_limit,
+            device=ready.device, autocast=optim.autocast(ready.precision, ready.device),
+            packing=ready.pieces.packing, about=[ready.precision, code, recipe.resolved().get("swap")], interrupted=interrupted,
+        )  # fmt: skip
 
 
 def _task(recipe: Recipe) -> Any:
@@ -159,14 +194,23 @@ def _metrics(recipe: Recipe, task: Any) -> list[str]:
     return names
 
 
-def _model(recipe: Recipe, task: Any, folders: tuple[Path, ...]) -> tuple[models.Loaded, list[str], list[swap.Swapped]]:
-    """The pretrained model, then the layers swapped in: (loaded, head, swapped)."""
-    where = f"{recipe.where('model.name')}: model.name"
-    source = models.find(recipe.model.name, recipe.model.revision, recipe.model.offline, where, folders)
+def base(
+    recipe: Recipe, task: Any, folders: tuple[Path, ...], train: list[read.Row], cache: Path | None, begun: Path | None
+) -> models.Loaded:
+    """The model as training finds it: pretrained, or from scratch. A tokenizer to train reads the rows `train`."""
+    m, where = recipe.model, f"{recipe.where('model.name')}: model.name"
+    if m.name is None:
+        kept = begun / vocabulary.KEPT if begun else None
+
+        def texts() -> list[str]:
+            return [text for row in train for text in task.text_of(row).split("\x1f")]
+
+        return scratch.load(recipe, task, texts, cache=cache, folders=folders, kept=kept)
+    source = models.find(m.name, m.revision, m.offline, where, folders, recipe.way_out)
+    own = f"{recipe.where('model.tokenizer')}: model.tokenizer"
+    tokenizer = vocabulary.load(m.tokenizer, own, folders) if isinstance(m.tokenizer, str) else None
     seeds.seed_all(recipe.seed)  # the head's fresh weights belong to the seed
-    loaded = models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length)
-    head = models.head_of(loaded.model, loaded.fresh)
-    return loaded, head, swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
+    return models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length, tokenizer)
 
 
 def _tune(
@@ -183,7 +227,7 @@ def _tune(
         if start:
             where = "tune.start"
             adapter = adapters.read(adapters.locate(start, where, (recipe.path.parent,)), where)
-            notes.append(adapters.load(loaded.model, method, recipe.tune, adapter, head, where))
+            notes.append("begun from " + adapters.load(loaded.model, method, recipe.tune, adapter, head, where))
         freeze.by_pattern(loaded.model, recipe.tune.freeze or [], recipe.tune.train or [])
     except InputError as error:
         raise InputError(f"{recipe.where('tune')}: {error}") from error
@@ -194,6 +238,8 @@ def _tune(
     trains, total = models.count(loaded.model)
     if not trains:
         raise recipe.error("tune", "nothing is left to train")
+    if recipe.model.from_scratch and trains < total:
+        notes.append(f"the weights of {recipe.model.label} are random, and those that {recipe.tune.method} freezes stay so")
     return method, own, f"{line}; {trains:,} of {total:,} parameters train ({trains / total:.2%})"
 
 
@@ -228,33 +274,26 @@ def _look_at(facts: dict[str, Any], encoded: dict[str, encode.Encoded], max_leng
     return notes
 
 
-def _windows(recipe: Recipe, task: Any, model: Any, train: encode.Encoded, device: torch.device) -> tuple[windows.Windows, str]:
-    """The windows of train, and what was found about packing."""
+def _windows(recipe: Recipe, task: Any, train: encode.Encoded, device: torch.device, *, packed: bool) -> windows.Windows:
+    """The windows of train."""
     budget = recipe.train.micro_batch_tokens
     if budget == "auto":
         budget = 1024 if device.type == "cpu" else 16384  # a CPU's caches like small batches, a GPU large ones
-    packer, packed = None, "rows are not packed: train.packing is false"
-    if recipe.train.packing:
-        packer, packed = packing.install(model, _probe(train, device))
-    size, seed = recipe.train.batch_size, recipe.seed
-    made = windows.Windows(
-        train, task.items, batch_size=size, tokens=int(budget), seed=seed, packed=packer is not None,
+    return windows.Windows(
+        train, task.items, batch_size=recipe.train.batch_size, tokens=int(budget), seed=recipe.seed, packed=packed,
         rank=distributed.rank(), world=distributed.world(),
     )  # fmt: skip
-    return made, packed
 
 
 def _probe(train: encode.Encoded, device: torch.device) -> dict[str, torch.Tensor]:
-    order = np.argsort(train.lengths)
-    chosen = train.batch(order[[0, min(1, len(order) - 1), -1]])
-    return {k: v.to(device) for k, v in chosen.items() if k in INPUTS}
+    return {k: v.to(device) for k, v in train.unlike().items() if k in INPUTS}
 
 
 def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, rows.Split]:
     """train, validation, test: read, columns checked, bad rows named or dropped, train's labels learnt."""
     data = recipe.data
     options: dict[str, Any] = {"folders": folders, "format": data.format, "names": data.names, "quoting": data.quoting,
-                               "bad_rows": data.bad_rows}  # fmt: skip
+                               "bad_rows": data.bad_rows, "way_out": recipe.way_out}  # fmt: skip
     where = f"{recipe.where('data.columns')}: data.columns"
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
     tables = {

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
-from engine import find, yaml12
+from engine import find, override, yaml12
 from engine.errors import InputError, listing, nearest, quoted
 from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Group, Model, Schema, SwapRule, Train, Tune
 
@@ -40,6 +40,7 @@ class Recipe:
     def __init__(self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], path: Path):
         self.__dict__.update({name: getattr(values, name) for name in Schema.model_fields})
         self.raw, self.where, self.path = raw, where, path
+        self.stand_in: dict[str, Any] = {}  # the `offline:` block, if it was used
         self.name = path.stem
 
     def error(self, key: str, problem: str) -> InputError:
@@ -49,9 +50,23 @@ class Recipe:
         """Every key with its value, defaults written out; reads back as the same recipe."""
         return {name: _plain(getattr(self, name)) for name in Schema.model_fields if name != "offline"}
 
+    def record(self) -> dict[str, Any]:
+        """`resolved`, and the `offline:` block if its keys are among the values."""
+        return self.resolved() | ({"offline": self.stand_in} if self.stand_in else {})
+
+    @property
+    def way_out(self) -> str:
+        """What to say where the hub cannot be reached: that the recipe has a stand-in."""
+        block = self.raw.get("offline")
+        if self.stand_in or not isinstance(block, dict) or not block:
+            return ""
+        return f"\nOr use the stand-in that this recipe has ({override.shown(block)}): OFFLINE=1, or --offline."
+
     def with_tune(self, options: dict[str, Any]) -> "Recipe":
         """The same recipe with more options in its `tune` group."""
-        return _check({**self.raw, "tune": {**(self.raw.get("tune") or {}), **options}}, [], self.where, self.path)
+        made = _check({**self.raw, "tune": {**(self.raw.get("tune") or {}), **options}}, [], self.where, self.path)
+        made.stand_in = self.stand_in
+        return made
 
 
 def load(name: str, overrides: list[str] | None = None, *, offline: bool = False, code: Callable[[str], str] = str) -> Recipe:
@@ -78,7 +93,18 @@ def load(name: str, overrides: list[str] | None = None, *, offline: bool = False
         block = raw.get("offline")
         if not isinstance(block, dict) or not block:
             raise InputError(f"{where_from}: --offline needs an `offline:` block in the recipe, and it has none")
-        raw = _merged(raw, block)
+        keys, merged = override.leaves(block), override.merged(raw, block)
+        for key in keys:
+            override.drop_rivals(merged, key, keys)
+
+        def stood_in(key: str) -> str:
+            """The line in the `offline:` block where the key came from, if it did."""
+            named = any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in keys)
+            return where(f"offline.{key}" if named else key)
+
+        made = _check(merged, overrides or [], stood_in, path, code)
+        made.stand_in = block
+        return made
     return _check(raw, overrides or [], where, path, code)
 
 
@@ -123,7 +149,7 @@ def available() -> dict[str, Path]:
 def _check(
     raw: dict[str, Any], overrides: list[str], where: Callable[[str], str], path: Path, code: Callable[[str], str] = str
 ) -> Recipe:
-    raw, from_command = _override(raw, overrides)
+    raw, from_command = override.override(raw, overrides)
 
     def place(key: str) -> str:
         return "command line" if any(key == k or key.startswith(k + ".") for k in from_command) else where(key)
@@ -159,44 +185,6 @@ def _check(
     if problems:
         raise InputError(listing(problems))
     return Recipe(values, raw, place, path)
-
-
-def _override(raw: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    raw, problems = _merged(raw, {}), []
-    keys: list[str] = []
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key or any(not part for part in key.split(".")) or key.count(".") >= yaml12.DEEPEST:
-            problems.append(f"command line: {quoted(item)} is no override; write KEY=VALUE, such as train.epochs=1")
-            continue
-        try:
-            value = yaml12.scalar(text)
-        except InputError as error:
-            problems.append(f"command line: {quoted(key)[1:-1]}: {error}")
-            continue
-        *groups, last = key.split(".")
-        at = raw
-        for group in groups:
-            inner = at.get(group)
-            at[group] = dict(inner) if isinstance(inner, dict) else {}
-            at = at[group]
-        at[last] = value
-        if key == "tune.method" and isinstance(raw["tune"], dict):
-            # options beside the old method mean nothing to the new one, unless given on this command line too
-            given = {k.split(".")[1] for k in keys if k.startswith("tune.")}
-            raw["tune"] = {k: v for k, v in raw["tune"].items() if k in Tune.model_fields or k in given}
-        keys.append(key)
-    if problems:
-        raise InputError(listing(problems))
-    return raw, keys
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `base` in which `over` replaces, group by group."""
-    out = {k: _merged(v, {}) if isinstance(v, dict) else v for k, v in base.items()}
-    for key, value in over.items():
-        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
 
 
 def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str], str]) -> str:
@@ -241,6 +229,19 @@ def _cross_checks(values: Schema, where: Callable[[str], str]) -> list[str]:
     if stop and stop.monitor != "loss" and values.evaluate.metrics and stop.monitor not in values.evaluate.metrics:
         hint = nearest(stop.monitor, [*values.evaluate.metrics, "loss"])
         problems.append(f"{where('early_stopping.monitor')}: early_stopping.monitor: not among evaluate.metrics{hint}")
+    m = values.model
+    if (m.name is None) == (m.from_scratch is None):
+        both = "name and from_scratch stand there both" if m.name else "neither name nor from_scratch stands there"
+        ways = "name: a folder or a hub id; or from_scratch: {architecture: bert, layers: 4, hidden: 256, heads: 4}"
+        problems.append(f"{where('model')}: model: {both}; write one of the two ({ways})")
+    elif m.from_scratch and m.tokenizer is None:
+        ways = "a folder such as gpt2, or {train: {kind: wordpiece, vocabulary: 8000}}"
+        problems.append(f"{where('model')}: model.tokenizer: a model from scratch needs one: {ways}")
+    elif m.name and not isinstance(m.tokenizer, str | None):
+        problems.append(
+            f"{where('model.tokenizer')}: model.tokenizer.train: the vectors of {quoted(m.name)} belong to its own tokens;"
+            " train a tokenizer with model.from_scratch only"
+        )
     if values.data.labels and len(set(values.data.labels)) < len(values.data.labels):
         problems.append(f"{where('data.labels')}: data.labels: a label stands there twice")
     return problems
@@ -290,7 +291,7 @@ def describe() -> list[tuple[str, str, str, str]]:
             rows.append((key, _type(field), _default(field), field.description or ""))
             continue
         prefix = f"{key}[]" if key == "swap" else key
-        rows += [(f"{prefix}.{k}", _type(f), _default(f), f.description or "") for k, f in _fields(group, [])]
+        rows += _described(group, prefix)
         for kind, group in (("tune", Tune), ("tasks", Data)):
             for name in find.names(kind) if key == {"tune": "tune", "tasks": "data"}[kind] else []:
                 options = getattr(find.module(kind, name, "describe"), "Options", group)
@@ -302,6 +303,26 @@ def describe() -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _described(group: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+    """The keys of a group, and of the groups in it that stand below one key of their own."""
+    rows = []
+    for k, f in _fields(group, []):
+        inner = _group_of(f.annotation)
+        if inner is not Group and typing.get_origin(_plain_type(f.annotation)) is not list:
+            if f.description:
+                rows.append((f"{prefix}.{k}", _type(f), _default(f), f.description))
+            rows += _described(inner, f"{prefix}.{k}")
+        else:
+            rows.append((f"{prefix}.{k}", _type(f), _default(f), f.description or ""))
+    return rows
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`list[X] | None` -> list[X]; others as they are."""
+    lists = [a for a in typing.get_args(annotation) if typing.get_origin(a) is list]
+    return lists[0] if lists else annotation
+
+
 def _type(field: Any) -> str:
     said = [m for m in field.metadata if isinstance(m, str)]
     return said[0] if said else _type_name(field.annotation)
@@ -309,6 +330,8 @@ def _type(field: Any) -> str:
 
 def _type_name(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a group of keys"
     if origin is typing.Annotated:
         return next((m for m in args[1:] if isinstance(m, str)), _type_name(args[0]))
     if origin is typing.Literal:

@@ -1,7 +1,7 @@
 """The run folder: made when a run begins, opened again when someone uses it.
 
     recipe.yaml  environment.json  log.jsonl  metrics.json  predictions/  checkpoints/  model/  adapter/  layers/
-    report.html  plots/  .lock (its owner, engine/lock.py)  quarantine/ (damaged checkpoints, if there ever were any)
+    report.html  plots/  tokenizer.json (if it was trained)  .lock (its owner, engine/lock.py)  quarantine/ (damaged checkpoints)
 
 `layers/` holds a copy of the source of every custom layer. Opening a run rebuilds them, which runs that code; so it is
 run only when it is, byte for byte, the file that the recipe names on this machine, or with --allow-code.
@@ -64,8 +64,10 @@ def write_json(path: Path, value: Any) -> None:
     disk.replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
-    """The source of custom code, environment.json, and recipe.yaml last: with it the run has begun."""
+def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any], tokenizer: str | None = None) -> None:
+    """A tokenizer trained for it, the source of custom code, environment.json, recipe.yaml last: with it the run has begun."""
+    if tokenizer is not None:
+        disk.replace(folder / "tokenizer.json", tokenizer.encode())
     code = {}
     for spec in _specs(recipe):
         code[spec] = _copied(spec, recipe, folder / "layers")
@@ -73,7 +75,7 @@ def write_start(folder: Path, recipe: Recipe, environment: dict[str, Any]) -> No
         table = [{"at": rule.at, "with": rule.with_} for rule in recipe.swap]
         write_json(folder / "layers" / "swap.json", {"swap": table, "code": code})
     write_json(folder / "environment.json", environment)
-    disk.replace(folder / "recipe.yaml", yaml12.dump(recipe.resolved()).encode())
+    disk.replace(folder / "recipe.yaml", yaml12.dump(recipe.record()).encode())
 
 
 def _specs(recipe: Recipe) -> list[str]:

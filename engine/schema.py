@@ -7,7 +7,7 @@ the stages of a run, in order. A tuning method adds the options that stand besid
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Group(BaseModel):
@@ -62,12 +62,57 @@ Patterns = Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=
 Rhythm = Annotated[int | str, BeforeValidator(_rhythm), "epoch or a number of steps"]
 
 
-class Model(Group):
-    """Where the weights come from."""
+class FromScratch(Group):
+    """A model with random weights, drawn from the recipe's seed."""
 
-    name: str = Field(description="A folder, or a model's name on the hub (owner/name).")
+    architecture: str = Field(description="bert, gpt2, llama, t5, or any other model type that transformers knows.")
+    layers: int = Field(4, ge=1, le=200, description="Blocks (of an encoder-decoder: in each of its two stacks).")
+    hidden: int = Field(256, ge=4, le=20_000, description="Numbers in a token's vector, H.")
+    heads: int = Field(4, ge=1, description="Attention heads; H is a multiple of them.")
+    intermediate: int | None = Field(None, ge=1, le=80_000, description="Width of the feed-forward layer; by default 4 H.")
+    max_positions: int = Field(512, ge=4, description="The longest text in tokens; relative positions have no such end.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Wherever the architecture has dropout.")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="Other keys of the architecture's config.json, such as {num_key_value_heads: 2}."
+    )
+
+    @model_validator(mode="after")
+    def _heads_share_the_vector(self) -> "FromScratch":
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is no multiple of heads {self.heads}")
+        return self
+
+
+class NewTokenizer(Group):
+    """A tokenizer trained on the recipe's own training text."""
+
+    kind: Literal["wordpiece", "byte_bpe", "unigram"] = Field(description="As BERT's, as GPT-2's, or as T5's.")
+    vocabulary: int = Field(8000, ge=300, le=500_000, description="Tokens that it may have at the most, special ones included.")
+    lowercase: bool = Field(False, description="Write everything small first (wordpiece: and without accents).")
+    min_frequency: int = Field(2, ge=1, description="How often a pair of pieces must occur to become one (not unigram).")
+
+
+class TrainTokenizer(Group):
+    """The group that says that a tokenizer is trained, not loaded."""
+
+    train: NewTokenizer = Field(description="Train it on the texts of data.train: the same texts give the same bytes.")
+
+
+class Model(Group):
+    """Where the weights come from: `name` or `from_scratch`, one of the two."""
+
+    name: str | None = Field(None, description="A folder, or a model's name on the hub (owner/name).")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; pin a commit to be exact.")
     offline: bool = Field(False, description="Never ask the hub: a folder, the hub's cache or the embedded default only.")
+    from_scratch: FromScratch | None = Field(None, description="A small model with random weights, in the place of a name.")
+    tokenizer: Annotated[str | TrainTokenizer | None, "folder, or {train: {kind, vocabulary, ...}}"] = Field(
+        None, description="The tokenizer of a model from scratch; another folder than the model's own for a named one."
+    )
+
+    @property
+    def label(self) -> str:
+        """What the model is called in the output."""
+        return self.name or (self.from_scratch.architecture if self.from_scratch else "")
 
 
 class Data(Group):
@@ -82,10 +127,12 @@ class Data(Group):
         default_factory=dict,
         description="What the task reads -> the column that holds it, such as {text: review}; multilabel's `labels` may name a list.",
     )
-    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "squad"] | None = Field(
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "txt", "conll", "squad"] | None = Field(
         None, description="The files' format; by default their ending tells."
     )
-    names: list[str] | None = Field(None, description="Column names for csv / tsv files that have no header row.")
+    names: list[str] | None = Field(
+        None, description="Column names for conll files, and for csv / tsv files without a header row."
+    )
     quoting: Literal["auto", "csv", "none"] = Field(
         "auto", description='Quotes in csv / tsv: "csv" reads them, "none" keeps them; auto is csv for .csv, none for .tsv.'
     )
@@ -94,7 +141,11 @@ class Data(Group):
         "error", description="A broken line, a row without text or with an unknown label: stop and name it, or drop and count it."
     )
     train_limit: int | None = Field(None, gt=0, description="Use only the first N rows of train.")
-    max_length: int = Field(128, ge=4, description="Tokens an example may have; longer ones are cut, counted and reported.")
+    max_length: int = Field(
+        128,
+        ge=4,
+        description="Tokens an example may have; longer ones are cut, counted and reported, or become windows (by task).",
+    )
     cache: str = Field(
         "runs/.cache",
         description="Folder of tokenised data, reused by content hash; outside the working folder only by command line.",
@@ -150,6 +201,18 @@ class Train(Group):
         description="Padded tokens in one forward pass: the memory knob, it never changes the result. Halved when memory runs out.",
     )
     packing: bool = Field(True, description="Let short examples share a row where the architecture allows; changes speed alone.")
+    last_layer: bool = Field(
+        True,
+        description="Compute the last layer only where the head reads, if a probe proves it; changes speed, and which dropout is drawn.",
+    )
+    ahead: bool = Field(True, description="Make the next window in a thread while a step runs; changes speed alone.")
+    cache_frozen: Literal["off", "float32", "bfloat16"] = Field(
+        "off",
+        description="Compute the frozen blocks below all that trains once, and keep their states so; they lose their dropout.",
+    )
+    cache_limit: float = Field(
+        16.0, ge=0, description="GiB that such states may take in data.cache; without room: computed anew."
+    )
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")
@@ -161,6 +224,16 @@ class Train(Group):
     clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null for none.")
     precision: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32", description="Autocast type; auto is bfloat16 where the device computes it, else float32."
+    )
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="What the model computes with. bfloat16: half the bytes; the optimizer moves float32 masters, which are saved.",
+    )
+    dropout: Literal["exact", "pool"] = Field(
+        "exact", description="pool: masks are windows of a pool of random numbers, the same distribution for less time on a CPU."
+    )
+    compact_vocabulary: bool = Field(
+        True, description="Train only the word embeddings that the data uses; the others only decay, computed once. Saves memory."
     )
     max_skipped: int = Field(
         3, ge=0, description="Steps to leave out in a row because their numbers are not finite, twice; one more is an error."

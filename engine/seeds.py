@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+place: tuple[int, ...] = ()  # the last one that `seed_all` was given
+
 
 def derive(*place: int) -> int:
     """A 63-bit seed from a tuple of whole numbers; near places give unrelated seeds (numpy's SeedSequence)."""
@@ -18,9 +20,10 @@ def derive(*place: int) -> int:
     return (int(words[0]) << 31) ^ int(words[1])
 
 
-def seed_all(*place: int) -> None:
+def seed_all(*where: int) -> None:
     """Seed torch (all devices), numpy and random from a place, such as (seed, step, micro_batch)."""
-    seed = derive(*place)
+    global place
+    place, seed = where, derive(*where)
     torch.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)

@@ -45,12 +45,26 @@ def folder(path: Path, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: {path} holds an adapter, which changes another model; merge it into that one first")
     config = _config(path, where)
     _weights(path, where, config)
+    _tokenizer(path, where)
+    return config
+
+
+def tokenizer(path: Path, where: str) -> None:
+    """The same of a folder that is opened for its tokenizer alone."""
+    for entry in sorted(path.iterdir()):
+        if entry.suffix in OPENED:
+            _plain_file(entry, where)
+    if (path / "config.json").exists():
+        _config(path, where)
+    _tokenizer(path, where)
+
+
+def _tokenizer(path: Path, where: str) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (path / name).exists():
             _no_code(_object(path / name, where, LARGEST_CONFIG * 4), f"{where}: {path / name}")
     if (path / "tokenizer.json").exists():
         _object(path / "tokenizer.json", where, LARGEST_JSON)
-    return config
 
 
 def _plain_file(path: Path, where: str) -> None:

@@ -1,6 +1,6 @@
 """Side by side with transformers' Trainer: same model, rows, epochs, batch and learning rate; who scores what, in what time.
 
-    make bench            20,000 rows of SST-2, one epoch, in one process after the other
+    make bench-trainer    20,000 rows of SST-2, one epoch, in one process after the other
 
 Needs the SST-2 files in ../shared/data/sst2 (not part of the project). Prints a table and writes bench.json.
 """

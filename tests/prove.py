@@ -20,8 +20,19 @@ CLAIMS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "packed rows = padded rows": (
-        "outputs and gradients, every architecture that packs",
-        ["test_fast.py::test_packed_equals_padded_forward_and_backward"],
+        "outputs and gradients to 1e-5, every architecture that packs and every head of it",
+        ["test_packing_all.py::test_packed_rows_give_every_head_the_same_outputs_and_gradients"],
+    ),
+    "last layer where the head reads = whole": (
+        "outputs and gradients to 1e-5, every encoder, packed and not, with every method",
+        [
+            "test_packing_all.py::test_the_last_layer_at_read_positions_changes_no_output_and_no_gradient",
+            "test_packing_all.py::test_methods_and_pieces_together_compute_the_same",
+        ],
+    ),
+    "every pair of the pieces of speed = the plain loop": (
+        "losses of training to 1e-5: packing, last layer, windows ahead, kernels, vocabulary, frozen cache",
+        ["test_packing_all.py::test_any_pieces_together_train_as_the_plain_loop"],
     ),
     "resume = never stopped": (
         "bit-equal weights, metrics and log after a stop at every step: full, LoRA, PiSSA, QLoRA, unfreezing, accumulating bfloat16",

@@ -248,18 +248,18 @@ def test_adapters_that_do_not_suit_are_errors(tmp_path: Path, bert: Path, still_
         return str(error.value)
 
     assert "name two trained adapters" in said(good)
-    assert "tune.adapters.1: nowhere: no adapter there" in said(good, "nowhere")
+    assert "tune.adapters.1: nowhere: nowhere holds no adapter_config.json" in said(good, "nowhere")
     other = write_adapter(tmp_path / "pfeiffer", model, 0, placement="pfeiffer")
     assert "it sits at other places than tune.adapters.0" in said(good, other)
     lora = shutil.copytree(good, tmp_path / "lora")
-    (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "its method is LORA; fusion mixes bottleneck adapters" in said(good, lora)
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    assert "its method is lora; fusion mixes bottleneck adapters" in said(good, lora)
     odd = shutil.copytree(good, tmp_path / "odd")
     (odd / "adapter_config.json").write_text('{"engine_method": "adapter", "options": {"reduction": "four"}}')
     assert "adapter_config.json: options: " in said(good, odd)
     broken = shutil.copytree(good, tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"\0" * 20)
-    assert "cannot be read" in said(good, broken)
+    assert "no safetensors file" in said(good, broken)
     ARCHITECTURES["Bert"], kept = {**ARCHITECTURES["Bert"], "hidden_size": 48}, ARCHITECTURES["Bert"]
     wide = write_adapter(tmp_path / "wide", build("Bert"), 0, reduction=4)
     ARCHITECTURES["Bert"] = kept

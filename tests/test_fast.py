@@ -123,13 +123,15 @@ def test_packing_changes_speed_alone(recipe: MakeRecipe, still_bert: Path) -> No
 def test_architectures_without_the_seam_fall_back_and_say_so(tmp_path: Path) -> None:
     import transformers
 
-    config = transformers.GPT2Config(vocab_size=70, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+    config = transformers.T5Config(vocab_size=70, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0)
     installed, said = packing.install(transformers.AutoModelForSequenceClassification.from_config(config), batch())
     assert installed is None
-    assert "gpt2 is not one of" in said
+    assert "t5 is not one of" in said
     model = make_bert(tmp_path / "eager")
     eager = transformers.AutoModelForSequenceClassification.from_pretrained(model, attn_implementation="eager")
-    assert packing.install(eager, batch())[0] is None
+    installed, said = packing.install(eager, batch())
+    assert installed is None
+    assert "by eager, not by sdpa" in said
 
 
 def test_float32_stays_true_float32_and_is_restored() -> None:

@@ -119,6 +119,20 @@ def test_a_run_of_two_ranks_ends_where_one_process_does(pair: Pair) -> None:
         )
 
 
+def test_one_rank_makes_the_frozen_cache_and_both_use_it(pair: Pair) -> None:
+    os.chdir(pair.folder)
+    assert pair.said.count("frozen  1 of 1 blocks, 0 MB, made") == 1
+    options = ["tune.method=last_n", "tune.n=0", "train.cache_frozen=float32"]
+    plan = next(r for r in run_log(options, "frozen-alone") if r["event"] == "plan")
+    assert plan["frozen_cache"].endswith("found"), "what two processes have made, one finds"
+    assert relative(weights(pair.folder / "frozen"), weights(pair.folder / "frozen-alone")) < 1e-5
+
+
+def run_log(options: list[str], out: str) -> list[dict[str, Any]]:
+    run(recipe.load("still.yaml", options), out)
+    return log(Path(out))
+
+
 def test_only_one_rank_writes_and_speaks(pair: Pair) -> None:
     two, one = (log(pair.folder / out) for out in ("whole", "alone"))
     kinds = [(r["event"], r.get("step"), r.get("items"), r.get("tokens")) for r in two]
@@ -147,6 +161,18 @@ def test_a_run_goes_on_with_more_or_fewer_ranks(pair: Pair) -> None:
     assert [r["step"] for r in log(pair.folder / "signalled") if r["event"] == "step"] == list(range(1, 9))
     noted = json.loads((pair.folder / "signalled" / "environment.json").read_text())["resumed"]
     assert "processes: 2 -> 1" in noted[0]["different"]
+
+
+def test_ranks_agree_on_what_goes_wrong_on_one_of_them(pair: Pair) -> None:
+    """Memory: both cut the window and redo the step. Numbers: both replay, and leave the step out if it does not help."""
+    for name, event, skipped in (("short", "memory", 0), ("replayed", "replayed", 0), ("skipped", "skipped", 1)):
+        first, second = (found[name] for found in pair.found)
+        assert first == second
+        assert (first["step"], first["skipped"]) == (8, skipped)
+        told = [r for r in log(pair.folder / name) if r["event"] == event]
+        assert [r["step"] for r in told] == [3 if name == "short" else 5]
+        if not skipped:
+            assert relative(weights(pair.folder / name), weights(pair.folder / "alone")) < 1e-5
 
 
 def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":

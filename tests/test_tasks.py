@@ -91,7 +91,7 @@ def test_accumulation_is_one_big_batch(make: Make, name: str, body: str) -> None
     windows = list(ready.windows.epoch(0))
     assert len(windows[-1].rows) < len(windows[0].rows)
     for window in (windows[0], windows[-1]):
-        whole = encoded.batch(window.rows)
+        whole = encoded.batch(window.rows, (ready.windows.seed, 0))
         (task.loss(model, whole) / task.items(whole)).backward()
         expected = gradient(model)
         assert expected.abs().max() > 0

@@ -29,6 +29,8 @@ VERSION = 2  # of the file's layout: part of the hash
 CHUNK = 1000  # examples tokenised between two looks at `interrupted`
 
 Array = npt.NDArray[Any]
+Batch = dict[str, torch.Tensor]
+Vary = Callable[[Batch, Array, tuple[int, int] | None], Batch]  # (batch, its examples, (seed, epoch) or None in evaluation)
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Encoded:
     padding: dict[str, int]  # name -> what fills a ragged column up
     path: Path | None = None
     reused: bool = False
+    vary: Vary | None = None  # what the task changes in a batch each time that it is seen
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,9 +61,12 @@ class Encoded:
         """Where each example stands, from the places of the rows."""
         return [rows[i] for i in self.row.tolist()] if "row" in self.scalars else rows
 
-    def batch(self, index: Array) -> dict[str, torch.Tensor]:
-        """The examples `index` as tensors: ragged columns padded to their longest, attention_mask added."""
-        out: dict[str, torch.Tensor] = {}
+    def batch(self, index: Array, place: tuple[int, int] | None = None) -> Batch:
+        """The examples `index` as tensors: ragged columns padded to their longest, attention_mask added.
+
+        `place` is (seed, epoch) in training, where a task may hide other tokens each time.
+        """
+        out: Batch = {}
         for name, (flat, offsets) in self.ragged.items():
             lengths = np.diff(offsets)[index]
             inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
@@ -71,7 +77,12 @@ class Encoded:
             out[name] = torch.from_numpy(padded)  # (B, T)
         for name, values in self.scalars.items():
             out[name] = torch.from_numpy(values[index])  # (B,) or (B, K)
-        return out
+        return self.vary(out, index, place) if self.vary else out
+
+    def unlike(self) -> dict[str, torch.Tensor]:
+        """Three examples: the two shortest, which packed share a row, and the longest. As many as there are, if fewer."""
+        order = np.argsort(self.lengths, kind="stable")
+        return self.batch(order[[0, min(1, len(order) - 1), -1]])
 
 
 def encode(
@@ -83,6 +94,14 @@ def encode(
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Encoded:
     """`rows` as the task sees them, tokenised; from `cache` when the same thing was tokenised before."""
+    made = _encode(task, rows, tokenizer, max_length, cache, interrupted)
+    made.vary = task.vary(tokenizer)
+    return made
+
+
+def _encode(
+    task: Any, rows: list[Row], tokenizer: Any, max_length: int, cache: Path | None, interrupted: Callable[[], bool]
+) -> Encoded:
     path = cache / f"{_key(task, rows, tokenizer, max_length, interrupted)}.arrow" if cache else None
     padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0, "labels": -100, **task.padding}
     if path is not None and (found := _open(path, padding, len(rows))):
@@ -136,12 +155,11 @@ def _write(path: Path, columns: dict[str, list[Any]], rows: int) -> None:
         if isinstance(values[0], list | np.ndarray):
             offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
             flat = np.concatenate([np.asarray(v, dtype=np.int32) for v in values])
-            arrays[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(flat))
+            arrays[name] = pyarrow.ListArray.from_arrays(_arrow(offsets), _arrow(flat))
         elif isinstance(values[0], tuple):
-            flat = pyarrow.array([number for v in values for number in v])
-            arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, len(values[0]))
+            arrays[name] = pyarrow.FixedSizeListArray.from_arrays(_arrow(np.asarray(values).ravel()), len(values[0]))
         else:
-            arrays[name] = pyarrow.array(values)
+            arrays[name] = _arrow(np.asarray(values))
     table = pyarrow.table(arrays)
     table = table.replace_schema_metadata({"crc32": str(_crc(table)), "rows": str(rows)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -164,8 +182,33 @@ def _crc(table: Any) -> int:
         for chunk in table.column(name).chunks:
             parts = (chunk.offsets, chunk.values) if hasattr(chunk, "offsets") else (_flat(chunk),)
             for part in parts:
-                crc = zlib.crc32(np.ascontiguousarray(part.to_numpy(zero_copy_only=False)).data, crc)
+                crc = zlib.crc32(np.ascontiguousarray(_numbers(part)).data, crc)
     return crc
+
+
+def _arrow(numbers: Array) -> Any:
+    """Numbers (n,) as an Arrow array. pyarrow.array, and to_numpy, would import pandas to see whether they are pandas' own."""
+    import pyarrow
+
+    if numbers.dtype == bool:
+        bits = np.packbits(numbers, bitorder="little")
+        return pyarrow.Array.from_buffers(pyarrow.bool_(), len(numbers), [None, pyarrow.py_buffer(bits)])
+    kind = pyarrow.from_numpy_dtype(numbers.dtype)
+    return pyarrow.Array.from_buffers(kind, len(numbers), [None, pyarrow.py_buffer(np.ascontiguousarray(numbers))])
+
+
+def _numbers(array: Any) -> Array:
+    """An Arrow array of numbers, none of them missing, as (n,); a view where it can be one."""
+    if array.null_count:
+        raise ValueError("numbers are missing")
+    kind, buffer, end = np.dtype(array.type.to_pandas_dtype()), array.buffers()[1], array.offset + len(array)
+    if buffer is None:
+        return np.empty(0, dtype=kind)
+    if kind.kind == "b":
+        return np.unpackbits(np.frombuffer(buffer, dtype=np.uint8), bitorder="little")[array.offset : end].astype(bool)
+    numbers = np.frombuffer(buffer, dtype=kind, count=end)[array.offset :]
+    numbers.flags.writeable = False  # it may be a file
+    return numbers
 
 
 def _flat(values: Any) -> Any:
@@ -193,9 +236,9 @@ def _open(path: Path, padding: dict[str, int], rows: int) -> Encoded | None:
         if isinstance(values, pyarrow.ChunkedArray):
             values = values.chunk(0)
         if pyarrow.types.is_list(values.type):
-            ragged[name] = (values.values.to_numpy(), values.offsets.to_numpy())
+            ragged[name] = (_numbers(values.values), _numbers(values.offsets))
         else:
-            flat = _flat(values).to_numpy(zero_copy_only=False)
+            flat = _numbers(_flat(values))
             scalars[name] = flat.reshape(len(values), -1) if len(flat) != len(values) or hasattr(values, "flatten") else flat
     return Encoded(ragged, scalars, padding, path, reused=True)
 

@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.data import conll
 from engine.errors import InputError, listing, plain, quoted
 from engine.find import locate
 
 Row = dict[str, Any]
-Bad = Callable[[str, str, str], None]  # (place, reason, detail) of a line that is no row
+Bad = Callable[
+    [str, str, str], None
+]  # (place, reason, detail) of a line that is no row; no detail where nothing is wrong with it
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -33,12 +36,14 @@ FORMATS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".txt": "txt",
+    ".conll": "conll",
 }
 MAGIC = {
     b"\xff\xfe": "it looks like UTF-16", b"\xfe\xff": "it looks like UTF-16", b"\x1f\x8b": "it is gzip; unpack it first",
     b"PK\x03\x04": "it is a zip or Excel file; unpack or export it first", b"PAR1": "it is parquet; set data.format=parquet",
 }  # fmt: skip
 DIGITS = "a number of thousands of digits stands here"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # an owner, a name or a configuration
 DEEPEST = 64  # levels of nesting in one row
 csv.field_size_limit(1 << 27)  # a document may be one field
 
@@ -68,8 +73,11 @@ def read(
     names: list[str] | None = None,
     quoting: str = "auto",
     bad_rows: str = "error",
+    way_out: str = "",
 ) -> Table:
     """All rows of `sources`, files or hub:OWNER/NAME[/CONFIG]#SPLIT, in order. `where` is the recipe's key in errors.
+
+    `way_out` is what the recipe offers where the hub cannot be reached.
 
     Lines that are no rows stop with a list of the first 20, or with `bad_rows="drop"` are counted in the table.
     """
@@ -78,7 +86,7 @@ def read(
         raise InputError(f"data.names: the column {quoted(twice)} stands there twice")
     for source in sources:
         if source.startswith("hub:"):
-            _read_hub(source, where, table)
+            _read_hub(source, where, table, way_out)
             continue
         path = locate(source, folders)
         if path is None:
@@ -96,7 +104,8 @@ def read(
 
         def bad(place: str, reason: str, detail: str, problems: list[str] = problems) -> None:
             table.dropped[reason] += 1
-            problems.append(f"{place}: {detail}")
+            if detail:
+                problems.append(f"{place}: {detail}")
 
         try:
             raw = path.read_bytes()
@@ -295,7 +304,13 @@ def _squad(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator
     return questions(text, name, bad)
 
 
-_READERS = {"jsonl": _jsonl, "json": _json, "squad": _squad, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt}
+def _conll(text: str, name: str, names: Any, quotes: bool, bad: Bad) -> Iterator[tuple[Any, Row]]:
+    return conll.sentences(_lines(text), name, names, bad)
+
+
+_READERS = {
+    "jsonl": _jsonl, "json": _json, "squad": _squad, "csv": _separated(","), "tsv": _separated("\t"), "txt": _txt, "conll": _conll,
+}  # fmt: skip
 
 
 def _read_parquet(raw: bytes, name: str, table: Table) -> None:
@@ -311,13 +326,13 @@ def _read_parquet(raw: bytes, name: str, table: Table) -> None:
     table.places += [f"{name}:row {i}" for i in range(1, len(rows) + 1)]
 
 
-def _read_hub(source: str, where: str, table: Table) -> None:
+def _read_hub(source: str, where: str, table: Table, way_out: str) -> None:
     """hub:OWNER/NAME[/CONFIG]#SPLIT through the datasets library (its cache first)."""
     from engine.hub import reachable
 
     name, _, split = source.removeprefix("hub:").partition("#")
     parts = name.split("/")
-    if not split or len(parts) not in (1, 2, 3):
+    if not split or len(parts) not in (1, 2, 3) or not all(HUB_NAME.fullmatch(part) for part in parts):
         raise InputError(f"{where}: '{source}' should be hub:OWNER/NAME[/CONFIG]#SPLIT, such as hub:stanfordnlp/imdb#train")
     import datasets
 
@@ -328,7 +343,7 @@ def _read_hub(source: str, where: str, table: Table) -> None:
     except Exception as error:  # datasets raises many kinds; what a reader needs is the same for all of them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         net = "" if online else " The hub cannot be reached and the data set is not in its cache."
-        raise InputError(f"{where}: {source} cannot be loaded: {reason}.{net} Or name a local file.") from error
+        raise InputError(f"{where}: {source} cannot be loaded: {reason}.{net} Or name a local file.{way_out}") from error
     features = loaded.features
     rows = loaded.to_list()
     for column, feature in features.items():  # labels by name, as a file would have them
@@ -336,6 +351,9 @@ def _read_hub(source: str, where: str, table: Table) -> None:
             for row in rows:
                 if row[column] is not None and row[column] >= 0:
                     row[column] = feature.int2str(row[column])
+        elif isinstance(inner := getattr(feature, "feature", None), datasets.ClassLabel):  # a list of them: tags
+            for row in rows:
+                row[column] = row[column] and [inner.int2str(i) if i is not None and i >= 0 else i for i in row[column]]
     table.sources[source] = str(loaded._fingerprint)
     table.rows += rows
     table.places += [f"{source}:row {i}" for i in range(1, len(rows) + 1)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.conll import line_of
 from engine.data.read import Table
 from engine.errors import InputError, listing, nearest
 
@@ -46,9 +47,9 @@ def clean(table: Table, task: Any, bad_rows: str) -> Split:
         if problem is None:
             good.append(i)
         else:
-            reason, detail = problem
+            reason, detail, *word = problem  # with the number of the word, where it is one word's
             dropped[reason] += 1
-            problems.append(f"{table.places[i]}: {detail}")
+            problems.append(f"{line_of(table.places[i], word[0]) if word else table.places[i]}: {detail}")
     if problems and bad_rows == "error":
         hint = f"\n{len(problems):,} of {len(table):,} rows; mend them, or drop them with data.bad_rows=drop"
         raise InputError(listing(problems) + hint)

@@ -36,6 +36,7 @@ class Window:
     micro_batches: list[Batch]  # of this rank
     items: int  # of this rank
     tokens: int  # without padding, of all ranks
+    epoch: int = 0
 
 
 class Windows:
@@ -59,11 +60,11 @@ class Windows:
         """The windows of one epoch from number `skip` on; the last one may be shorter."""
         order = self.order(epoch)
         for start in range(skip * self.batch_size, len(order), self.batch_size):
-            yield self.window(order[start : start + self.batch_size])
+            yield self.window(order[start : start + self.batch_size], epoch)
 
-    def window(self, rows: Array) -> Window:
-        batches = [self.encoded.batch(part) for part in self.parts(rows, self.rank)]
-        return Window(rows, batches, sum(map(self.items, batches)), int(self.encoded.lengths[rows].sum()))
+    def window(self, rows: Array, epoch: int = 0) -> Window:
+        batches = [self.encoded.batch(part, (self.seed, epoch)) for part in self.parts(rows, self.rank)]
+        return Window(rows, batches, sum(map(self.items, batches)), int(self.encoded.lengths[rows].sum()), epoch)
 
     def parts(self, rows: Array, rank: int) -> list[Array]:
         """The micro-batches of one rank's share of a window's `rows`, as row numbers."""
@@ -80,7 +81,7 @@ class Windows:
         if not loads:
             return None
         self.tokens = max(loads) // 2  # of what was computed: the budget itself may be far above it
-        return self.window(window.rows)
+        return self.window(window.rows, window.epoch)
 
     def where(self, rows: Array) -> list[str]:
         """Where examples stand, the longest first, for messages: "file:line", or their number in the split."""

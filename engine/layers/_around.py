@@ -21,25 +21,32 @@ def shape_of(layer: nn.Module, path: str = "") -> tuple[int, int, bool]:
     raise InputError(f"tune.at: {path} is a {type(layer).__name__}; this method adapts linear layers")
 
 
-class Around(nn.Module):
-    """A frozen linear layer `base` with something that trains around it."""
+class Wrapped(nn.Module):
+    """A module that stands where `base` stood, and shows its weight and bias: some architectures look at their layers' dtype."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.transposed = shape_of(base)[2]
-
-    def plain_base(self) -> nn.Module:
-        """The base with float weights, to fold something into; a quantised one is made plain for good."""
-        return self.base.plain() if isinstance(self.base, QuantizedLinear) else self.base
 
     @property
-    def weight(self) -> Tensor:  # some architectures look at their layers' weight and dtype
+    def weight(self) -> Tensor:
         return self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias  # type: ignore[return-value]
+
+
+class Around(Wrapped):
+    """A frozen linear layer `base` with something that trains around it."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__(base)
+        self.transposed = shape_of(base)[2]
+
+    def plain_base(self) -> nn.Module:
+        """The base with float weights, to fold something into; a quantised one is made plain for good."""
+        return self.base.plain() if isinstance(self.base, QuantizedLinear) else self.base
 
 
 def replaced(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -54,8 +54,8 @@ class DisentangledAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor, output_attentions: bool = False, query_states: Tensor | None = None,
         relative_pos: Tensor | None = None, rel_embeddings: Tensor | None = None,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """hidden_states (B, T, H), attention_mask (B, 1, T, T) with 1 where one may look, relative_pos (1, T, T) the buckets,
-        rel_embeddings (R, H). Returns (B, T, H) and, as sdpa does, no attention weights."""
+        """hidden_states (B, T, H), attention_mask (B, 1, S, T) with 1 where one may look, relative_pos (1 or B, S, T) the buckets,
+        rel_embeddings (R, H). Returns (B, S, H) and, as sdpa does, no attention weights. S = T, or the length of query_states."""
         query = self.split(self.query_proj(hidden_states if query_states is None else query_states))  # (B, heads, T, D)
         key, value = self.split(self.key_proj(hidden_states)), self.split(self.value_proj(hidden_states))
         bias = query.new_zeros(1, 1, 1, 1)
@@ -73,18 +73,18 @@ class DisentangledAttention(nn.Module):
         return out.transpose(1, 2).flatten(2), None
 
     def distances(self, query: Tensor, key: Tensor, relative_pos: Tensor, table: Tensor) -> Tensor:
-        """c2p + p2c, unscaled: (B, heads, T, T)."""
+        """c2p + p2c, unscaled: (B, heads, S, T). Both look up the distance d, one in the query's row, one in the key's."""
         table = table[None, : 2 * self.span]  # (1, R, H)
-        at = relative_pos.to(query.device, torch.long).reshape(1, 1, *relative_pos.shape[-2:])
-        where = [*query.shape[:2], *relative_pos.shape[-2:]]  # (B, heads, T, T)
+        d = relative_pos.to(query.device, torch.long)
+        d = (d + self.span).clamp(0, 2 * self.span - 1).reshape(-1, 1, *d.shape[-2:])
+        d = d.expand(*query.shape[:2], -1, -1)  # (B, heads, S, T)
         bias = torch.zeros((), dtype=query.dtype, device=query.device)
         if "c2p" in self.kinds:
             project = self.key_proj if self.shared else self.pos_key_proj
-            scores = query @ self.split(project(table)).transpose(-1, -2)  # (B, heads, T, R)
-            bias = bias + scores.gather(-1, (at + self.span).clamp(0, 2 * self.span - 1).expand(where))
-        if "p2c" in self.kinds:  # row j holds key j's scores for each distance, hence the transposes
+            scores = query @ self.split(project(table)).transpose(-1, -2)  # (B, heads, S, R)
+            bias = bias + scores.gather(-1, d)
+        if "p2c" in self.kinds:
             project = self.query_proj if self.shared else self.pos_query_proj
             scores = key @ self.split(project(table)).transpose(-1, -2)  # (B, heads, T, R)
-            distance = (self.span - at).clamp(0, 2 * self.span - 1)
-            bias = bias + scores.gather(-1, distance.expand(where)).transpose(-1, -2)
+            bias = bias + scores.gather(-1, d.transpose(-1, -2)).transpose(-1, -2)
         return bias

@@ -26,6 +26,8 @@ Tokens and model
     fingerprint()                  what of the task the tokens depend on
     encode(rows, tokenizer, max_length)    columns: a list a example = ragged, a number = scalar (N,), a tuple = fixed width (N, K).
                                    Several examples of a row: the scalar column "row" (index into `rows`) says whose each is.
+    vary(tokenizer)                -> f(batch, its examples, (seed, epoch)) -> batch, or None: what changes each time that an example
+                                   is seen (masked_lm hides other tokens), as a pure function of these; no place: evaluation.
     model_options()                passed to from_pretrained, kept in config.json
     items(batch)                   how many things the loss sums over; loss(model, batch): that SUM. The loop divides, once.
     forward(model, batch)          what the loss needs, float32; output(model, batch): what evaluation keeps, forward by default.

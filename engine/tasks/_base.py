@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine import metrics
 from engine.blocks import Block, Example, Examples
+from engine.data.encode import Vary
 from engine.data.read import Row
 from engine.errors import InputError, nearest
 
@@ -81,8 +82,8 @@ class Base:
         """What a fair split shares out alike."""
         return None
 
-    def inputs(self) -> dict[str, str]:
-        """Role -> column of what a prediction is made from."""
+    def inputs(self, have: set[str] | None = None) -> dict[str, str]:
+        """Role -> column of what a prediction is made from: of a file with the columns `have`, or None for a text alone."""
         return {role: name for role, name in self.columns.items() if self.needs[role] != "target"}
 
     def targets(self) -> set[str]:
@@ -100,6 +101,12 @@ class Base:
 
     def chance(self) -> float | None:
         """The loss of a model that knows nothing, where there is a formula."""
+        return None
+
+    # -- tokens -------------------------------------------------------------------------------------------------------
+
+    def vary(self, tokenizer: Any) -> Vary | None:
+        """What changes in a batch each time that it is seen; nothing, for most tasks."""
         return None
 
     # -- model --------------------------------------------------------------------------------------------------------

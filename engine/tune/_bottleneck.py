@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 
 from engine.errors import InputError, nearest
 from engine.freeze import is_norm
-from engine.layers._around import shape_of
+from engine.layers._around import Wrapped, shape_of
 
 Form = Literal["projection", "norm", "parallel"]
 
@@ -42,12 +42,12 @@ AFTER_FEED_FORWARD: dict[str, str] = {
 }
 
 
-class Site(nn.Module, ABC):
+class Site(Wrapped, ABC):
     """A frozen module with an update of its output, in one of the four forms."""
 
     def __init__(self, base: nn.Module, form: Form):
-        super().__init__()
-        self.base, self.form = base, form
+        super().__init__(base)
+        self.form = form
 
     @abstractmethod
     def update(self, x: Tensor) -> Tensor:
@@ -63,14 +63,6 @@ class Site(nn.Module, ABC):
         if residual is None:
             return self.base(x) + self.update(x)  # type: ignore[no-any-return]
         return self.base(x, residual + self.update(residual))  # type: ignore[no-any-return]
-
-    @property
-    def weight(self) -> Tensor:  # some architectures look at their layers' weight and dtype
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
 
 
 def places(placement: str, form: Form) -> list[str]:

@@ -16,21 +16,17 @@ The adapters' weights become part of the model and are saved with it. What shape
 model's config as `adapter_fusion`, so a run opens again when the folders in `tune.adapters` are gone.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from engine import models
+from engine import adapters, models
 from engine.errors import InputError
-from engine.find import locate
 from engine.freeze import train_only
 from engine.schema import Tune
 from engine.swap import swap
@@ -153,24 +149,15 @@ def _fill(bottleneck: Bottleneck, one: Trained, site: str) -> None:
 def _read(name: str, where: str, model: Any) -> Trained:
     """A run's adapter/ or an adapter folder; whatever does not suit this model is an InputError."""
     where = f"{where}: {name}"
-    found = locate(name)
-    folder = next((f for f in (found, found / "adapter") if (f / "adapter_config.json").is_file()), None) if found else None
-    if folder is None:
-        raise InputError(f"{where}: no adapter there (neither adapter_config.json nor adapter/adapter_config.json)")
+    read = adapters.read(adapters.locate(name, where), where)
+    if read.method != "adapter":
+        raise InputError(f"{where}: its method is {read.method}; fusion mixes bottleneck adapters (tune.method: adapter)")
+    _check_base(read.base, read.revision, str(getattr(model, "name_or_path", "")), where, read.folder)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-        method, base = config.get("engine_method"), str(config.get("base_model_name_or_path"))
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise InputError(f"{where}: {folder} cannot be read: {error}") from error
-    if method != "adapter":
-        kind = method or config.get("peft_type") or "unknown"
-        raise InputError(f"{where}: its method is {kind}; fusion mixes bottleneck adapters (tune.method: adapter)")
-    _check_base(base, config.get("revision"), str(getattr(model, "name_or_path", "")), where, folder)
-    try:
-        options = adapter.Options.model_validate({"method": "adapter", **config["options"]})
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {folder / 'adapter_config.json'}: options: {str(error).splitlines()[0]}") from error
+        options = adapter.Options.model_validate({"method": "adapter", **read.options})
+    except ValueError as error:
+        raise InputError(f"{where}: {read.folder / adapters.CONFIG}: options: {str(error).splitlines()[0]}") from error
+    tensors = read.tensors
     sites = [n.removesuffix(".down.weight") for n in tensors if n.endswith(".down.weight")]
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     lost = [s for s in sites if s not in order]
@@ -178,13 +165,13 @@ def _read(name: str, where: str, model: Any) -> Trained:
         raise InputError(f"{where}: this model has no module {lost[0]}" if lost else f"{where}: it holds no bottleneck")
     missing = [f"{s}.{n}" for s in sites for n in ("down.bias", "up.weight", "up.bias") if f"{s}.{n}" not in tensors]
     if missing:
-        raise InputError(f"{where}: {folder / 'adapter_model.safetensors'} lacks {missing[0]}")
+        raise InputError(f"{where}: {read.folder / adapters.WEIGHTS} lacks {missing[0]}")
     return Trained(where, options, sorted(sites, key=order.__getitem__), tensors)
 
 
 def _check_base(base: str, revision: str | None, ours: str, where: str, folder: Path) -> None:
     """The adapter's base must be this model: the same name, or names that lead to the same folder."""
-    if not ours or base == ours:  # a model that was built, not loaded, has no name
+    if not ours or not base or base == ours:  # adapter-hub's files may name none; a model that was built, not loaded, has no name
         return
     try:
         same = models.find(base, revision, True, where).folder.resolve() == Path(ours).resolve()

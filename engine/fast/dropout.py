@@ -1,0 +1,152 @@
+"""Cheap dropout: masks are windows of a pool of random numbers that is drawn once and renewed bit by bit.
+
+    pool    0  1/q 1/q 1/q  0  1/q 1/q  0  1/q ...      q = 1 - p;  2^22 numbers or more, in the type of the activations
+                    |-- window of this call --|         its beginning is drawn for each call, a multiple of 16
+    y = x * window                                      the same mean and variance as nn.Dropout(p)
+
+torch draws a fresh Bernoulli number for every activation, on a CPU with one thread: 12 to 15 % of a step of a small BERT. A
+window costs nothing to draw, and nothing to keep for the backward pass, since it is a view. Each window by itself is as
+random as a fresh mask; two windows of one step may overlap, but not place by place, for they begin at different offsets.
+
+The pool has 32 parts, and each step renews one: the part `step % 32`. What stands in a part is drawn from (seed, rank, part,
+the step that last renewed it), and the offsets come from torch's generator, which the loop seeds from (seed, step,
+micro-batch, rank). So masks are a pure function of the place, and a run that is resumed draws what it would have drawn.
+
+It changes which numbers are drawn, so it is asked for by name. Where it acts: in every nn.Dropout, and on CPUs in the attention
+of models that go through torch's scaled_dot_product_attention, which elsewhere, and in flash kernels, draws masks of its own.
+Activations of more than half the pool get torch's own dropout.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine import seeds
+from engine.layers._around import replaced
+
+PARTS = 32
+LEAST = 1 << 22  # numbers of a pool
+ALIGN = 16  # numbers: a cache line of float32
+NAME = "pool_sdpa"  # in transformers' registry of attention functions
+
+
+class Pool:
+    """The masks of one probability, type and device."""
+
+    def __init__(self, p: float, size: int, like: Tensor):
+        self.p, self.part = p, size // PARTS
+        self.generator = torch.Generator(like.device)
+        with torch.inference_mode(False):
+            self.numbers = torch.empty(PARTS * self.part, dtype=like.dtype, device=like.device)
+        self.place: tuple[int, ...] = ()  # (seed, rank, step) that the numbers belong to
+        self.drawn: list[tuple[int, ...]] = [()] * PARTS  # and what each part was drawn from
+
+    def mask(self, x: Tensor) -> Tensor:
+        """A window of the shape of x."""
+        self.renew()
+        n = x.numel()
+        at = int(torch.randint((len(self.numbers) - n) // ALIGN + 1, ())) * ALIGN  # on the host: no device waits
+        return self.numbers[at : at + n].view(x.shape)
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Bring every part to the present step. From one step to the next only the part `step % PARTS` is drawn anew."""
+        seed, step, _, rank = (*seeds.place, 0, 0, 0, 0)[:4]
+        if self.place == (seed, rank, step):
+            return
+        self.place = (seed, rank, step)
+        for k in range(PARTS):
+            turn = step - (step - k) % PARTS + PARTS  # the last step that renewed part k, counted from PARTS: it may be before 0
+            if self.drawn[k] != (seed, rank, k, turn):
+                self.drawn[k] = (seed, rank, k, turn)
+                self.generator.manual_seed(seeds.derive(*self.drawn[k]))
+                fresh = torch.empty(self.part, device=self.numbers.device).bernoulli_(1 - self.p, generator=self.generator)
+                self.numbers[k * self.part : (k + 1) * self.part] = fresh / (1 - self.p)
+
+
+class Pools:
+    """The pools of a model, each made when it is first needed."""
+
+    def __init__(self, size: int):
+        self.size = -(-max(LEAST, size) // (PARTS * ALIGN)) * PARTS * ALIGN
+        self.made: dict[tuple[float, torch.dtype, torch.device], Pool] = {}
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """x with a share p of its numbers set to zero and the others scaled by 1 / (1 - p)."""
+        if 2 * x.numel() > self.size or p == 1.0:
+            return F.dropout(x, p)
+        key = (p, x.dtype, x.device)
+        if key not in self.made:
+            self.made[key] = Pool(p, self.size, x)
+        return x * self.made[key].mask(x)
+
+
+class PoolDropout(nn.Dropout):
+    """nn.Dropout with masks from a pool; in eval mode it does nothing, as that does."""
+
+    def __init__(self, p: float, pools: Pools):
+        super().__init__(p)
+        self.pools = pools
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pools.drop(x, self.p) if self.training and self.p else x
+
+
+class Dropouts:
+    """A model whose nn.Dropouts draw from pools, until `restore`. A `kind` of exact changes nothing.
+
+    `activations`: about how many numbers the largest dropped tensor has; the pool is made twice as large.
+    """
+
+    def __init__(self, model: Any, kind: str, activations: int):
+        self.model, self.said, self.kernel = model, "", ""
+        paths = [path for path, m in model.named_modules() if kind == "pool" and type(m) is nn.Dropout and m.p > 0]
+        self.old: dict[str, nn.Dropout] = {path: model.get_submodule(path) for path in paths}
+        if not paths:
+            return
+        pools = Pools(2 * activations)
+        for path, old in self.old.items():
+            replaced(model, path, PoolDropout(old.p, pools).train(old.training))
+        self.said = f"dropout by windows of a pool of {pools.size:,} numbers in {len(paths)} places"
+        if model.config._attn_implementation == "sdpa":
+            from transformers import AttentionInterface, AttentionMaskInterface
+            from transformers.masking_utils import sdpa_mask
+
+            AttentionInterface.register(NAME, attention)
+            AttentionMaskInterface.register(NAME, sdpa_mask)
+            self.kernel, model.config._attn_implementation = "sdpa", NAME
+            self.said += ", and in attention on a CPU"
+
+    def restore(self) -> None:
+        """The model's own dropout again."""
+        for path, old in self.old.items():
+            replaced(self.model, path, old.train(self.model.get_submodule(path).training))
+        if self.kernel:
+            self.model.config._attn_implementation = self.kernel
+        self.old, self.kernel = {}, ""
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **more: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What torch's attention computes when it drops on a CPU, softmax(Q K^T scaling + mask) V, with a mask from the pool.
+
+    Everything else (no dropout, a GPU's kernels, shared keys, a bias by position, causality without a mask) is left to torch.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    pools = next((child.pools for child in module.children() if isinstance(child, PoolDropout)), None)
+    causal = more.get("is_causal") if more.get("is_causal") is not None else getattr(module, "is_causal", True)
+    other = more.get("position_bias") is not None or query.shape[1] != key.shape[1] or (attention_mask is None and causal)
+    if pools is None or not dropout or query.device.type != "cpu" or other:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)  # type: ignore[no-any-return,no-untyped-call]
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, heads, T, T)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = pools.drop(scores.softmax(-1), dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), None  # (B, T, heads, D)
