@@ -47,8 +47,8 @@ layers: $(VENV)/ready ## every module, its shape, and what trains: RECIPE=
 evaluate: $(VENV)/ready ## score a finished run: RUN=runs/bert_sentiment/latest [DATA=file]
 	@exec $(BIN)/python -m engine evaluate "$${RUN:?name one: make evaluate RUN=runs/bert_sentiment/latest}" $${DATA:+--data "$$DATA"} $$SET
 
-predict: $(VENV)/ready ## predict one text: RUN=runs/bert_sentiment/latest TEXT="..."
-	@exec $(BIN)/python -m engine predict "$${RUN:?name one: make predict RUN=runs/bert_sentiment/latest TEXT=...}" --text "$$TEXT"
+predict: $(VENV)/ready ## predict: RUN=runs/bert_sentiment/latest TEXT="..." or INPUT=file
+	@exec $(BIN)/python -m engine predict "$${RUN:?name one: make predict RUN=runs/bert_sentiment/latest TEXT=...}" $${INPUT:+--input "$$INPUT"} $${TEXT:+--text "$$TEXT"}
 
 merge: $(VENV)/ready ## fold a run's adapter into plain weights: RUN=runs/bert_sentiment/latest [OUT=dir]
 	@exec $(BIN)/python -m engine merge "$${RUN:?name one: make merge RUN=runs/bert_sentiment/latest}" $${OUT:+--out "$$OUT"}

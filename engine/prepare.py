@@ -314,8 +314,8 @@ def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[st
             notes.append(f"{name}: {note}")
         splits[name] = rows.clean(table, task, data.bad_rows)
     if isinstance(data.validation, float):
-        strata = [task.stratum(row) for row in splits["train"].table.rows]
-        splits["train"], splits["validation"] = rows.split_off(splits["train"], data.validation, strata, recipe.seed)
+        strata, groups = ([one(row) for row in splits["train"].table.rows] for one in (task.stratum, task.group))
+        splits["train"], splits["validation"] = rows.split_off(splits["train"], data.validation, strata, recipe.seed, groups)
     for name, split in splits.items():
         if split.dropped:
             total = f"{split.read:,} rows read = {len(split):,} used + {sum(split.dropped.values()):,} dropped"

@@ -19,7 +19,7 @@ from conftest import SHARED, WORDS, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import finetune, recipe, runs
+from engine import finetune, prepare, recipe, runs
 from engine.__main__ import main
 from engine.data import encode, read, rows
 from engine.errors import InputError
@@ -137,6 +137,18 @@ def test_a_bad_row_of_a_squad_file_ends_with_2_and_its_place(capsys: pytest.Capt
     assert "'nn ' stands; it stands at 0" in said
     assert main(["check", "r.yaml", "data.bad_rows=drop"]) == 0
     assert "1 answer not at its offset" in capsys.readouterr().out
+
+
+def test_a_fraction_taken_for_validation_tears_no_context_apart(bert: Path) -> None:
+    every = [{**row, "question": f"{row['question']} {k}"} for row in facts(40, 3) for k in range(1 + len(row["context"]) % 4)]
+    write_jsonl(Path("all.jsonl"), every)
+    text = f"task: question_answering\nmodel: {{name: {bert}}}\ndata: {{train: all.jsonl, validation: 0.25, max_length: 40}}\n"
+    Path("r.yaml").write_text(text)
+    ready = prepare.prepare(recipe.load("r.yaml", []), say=lambda line: None)
+    train, validation = ([row["context"] for row in ready.splits[name].table.rows] for name in ("train", "validation"))
+    assert len(train) + len(validation) == len(every)
+    assert set(train).isdisjoint(validation)
+    assert len(set(validation)) == round(0.25 * len({row["context"] for row in every}))
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------

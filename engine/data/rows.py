@@ -63,16 +63,24 @@ def reasons(split: Split) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in split.dropped.items())
 
 
-def split_off(split: Split, fraction: float, strata: list[Any], seed: int) -> tuple[Split, Split]:
-    """(the rest, `fraction` of the rows), each stratum shared out alike; a pure function of rows and seed."""
-    groups: dict[Any, list[int]] = {}
-    for i, stratum in enumerate(strata):
-        groups.setdefault(stratum, []).append(i)
+def split_off(
+    split: Split, fraction: float, strata: list[Any], seed: int, groups: list[Any] | None = None
+) -> tuple[Split, Split]:
+    """(the rest, `fraction` of the rows), each stratum shared out alike; a pure function of rows and seed.
+
+    Rows of one group (None: a row alone) stay together, in the stratum of the first of them.
+    """
+    units: dict[Any, list[int]] = {}
+    for i in range(len(split)):
+        units.setdefault((i,) if groups is None or groups[i] is None else groups[i], []).append(i)
+    shared: dict[Any, list[list[int]]] = {}
+    for unit in units.values():
+        shared.setdefault(strata[unit[0]], []).append(unit)
     order = np.random.Generator(np.random.PCG64([seed, 0x5B117]))
     taken: set[int] = set()
-    for members in groups.values():
+    for members in shared.values():
         count = round(fraction * len(members))
-        taken.update(np.asarray(members)[order.permutation(len(members))[:count]].tolist())
+        taken.update(i for k in order.permutation(len(members))[:count].tolist() for i in members[k])
     if not taken or len(taken) == len(split):
         raise InputError(f"data.validation: {fraction} of {len(split)} rows leaves one side empty")
     rest = [i for i in range(len(split)) if i not in taken]

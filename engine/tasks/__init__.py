@@ -21,6 +21,7 @@ Rows
     adapt(rows)                    a file written otherwise than train's: read it so, and say it; or None
     problem(row, target=True)      (reason, detail) of what makes a row unusable, or None
     text_of(row), stratum(row), facts(rows), gold(row)     duplicates; fair splits; counts; the truth as predictions/ shows it
+    group(row)                     rows of one group are never torn apart by a split (the questions on one context); None: alone
 
 Tokens and model
     fingerprint()                  what of the task the tokens depend on

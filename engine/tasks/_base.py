@@ -82,6 +82,10 @@ class Base:
         """What a fair split shares out alike."""
         return None
 
+    def group(self, row: Row) -> Any:
+        """What must not be torn apart by a split, such as the questions on one context; None for a row that stands alone."""
+        return None
+
     def inputs(self, have: set[str] | None = None) -> dict[str, str]:
         """Role -> column of what a prediction is made from: of a file with the columns `have`, or None for a text alone."""
         return {role: name for role, name in self.columns.items() if self.needs[role] != "target"}

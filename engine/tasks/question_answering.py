@@ -124,8 +124,8 @@ class Task(Base):
     def text_of(self, row: Row) -> str:
         return f"{row.get(self.columns['question'])}\x1f{row.get(self.columns['context'])}"
 
-    def stratum(self, row: Row) -> Any:
-        return bool(self.gold(row))
+    def group(self, row: Row) -> Any:
+        return row[self.columns["context"]]
 
     def facts(self, rows: list[Row]) -> dict[str, Any]:
         golds = [answers_of(row.get(self.columns["answers"])) or [] for row in rows]
