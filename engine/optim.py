@@ -11,10 +11,15 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW, but a step that lacks memory fails before it moves a weight.
 
     torch makes the averages group by group and moves each group at once: if the second group's did not fit, the first
-    would have moved already. Here all averages are made first. `moving` is True while weights move.
+    would have moved already. Here all averages are made first. `moving` is True while weights move. What is in `after` is
+    called once at the end of each step; torch's own post hooks run again for each base class whose `step` torch has wrapped.
     """
 
     moving = False
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.after: list[Callable[[AdamW], None]] = []
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -23,6 +28,8 @@ class AdamW(torch.optim.AdamW):
         self.moving = True
         loss = super().step(closure)
         self.moving = False
+        for follow in self.after:
+            follow(self)
         return loss
 
 

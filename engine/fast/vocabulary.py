@@ -79,7 +79,7 @@ class Vocabulary:
         self.old.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # its memory is free
         self.said = f"{seen.sum():,} of {count:,} rows of the word embeddings train: the others stand in no split"
 
-    def note_decay(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    def note_decay(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step: what it has done to the rows that are not there."""
         if not self.path:
             return

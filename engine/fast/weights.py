@@ -67,7 +67,7 @@ class Masters:
         count = sum(p.numel() for p in self.trained)
         self.said = f"bfloat16 weights; {count:,} of them trained in float32" if self.working else ""
 
-    def copy_down(self, *optimizer: Any) -> None:
+    def copy_down(self, optimizer: Any = None) -> None:
         """After a step: the working weights are the masters, rounded."""
         copy_down(self.trained)
 

@@ -16,6 +16,7 @@ from engine import swap
 from engine.data.encode import Encoded
 from engine.fast import dropout, vocabulary, weights
 from engine.models import eval_mode
+from engine.optim import AdamW
 from engine.schema import Train
 
 
@@ -46,11 +47,11 @@ class Working:
             with eval_mode(model):
                 swap.probe(model, [], probe, where)
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow(self, optimizer: AdamW) -> None:
         """After each of its steps: note the decay of rows that are away, round the masters into the working weights."""
         if self.vocabulary:
-            optimizer.register_step_post_hook(self.vocabulary.note_decay)
-        optimizer.register_step_post_hook(self.masters.copy_down)
+            optimizer.after.append(self.vocabulary.note_decay)
+        optimizer.after.append(self.masters.copy_down)
 
     def restore(self) -> None:
         """The prepared model's own layers and types, with what was learnt."""
