@@ -179,7 +179,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         log(record)
         bar(record)
 
-    with kernels.fast_float32(ready.device) as products:
+    with kernels.fast_kernels(ready.device, t.kernels) as products:
         if products and log_bytes == 0:
             log({"event": "kernels", "found": products})
         with contextlib.closing(bar):

@@ -27,7 +27,7 @@ def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Enc
     if len(encoded) >= WORTHWHILE:
         install(run.model, recipe, {k: v.to(device) for k, v in encoded.unlike().items() if k in INPUTS}, trains=False)
     autocast = optim.autocast(optim.precision(recipe.train.precision, device), device)
-    with kernels.fast_float32(device), weights.lowered(run.model, recipe.train.weights):
+    with kernels.fast_kernels(device, recipe.train.kernels), weights.lowered(run.model, recipe.train.weights):
         return evaluate.outputs(run.model, run.task, encoded, tokens=TOKENS, device=device, autocast=autocast), encoded
 
 

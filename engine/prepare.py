@@ -107,7 +107,8 @@ def prepare(
         with models.eval_mode(loaded.model):
             key = "swap" if swapped else "tune.method"
             swap.probe(loaded.model, swapped, _probe(encoded["train"], device), f"{recipe.where(key)}: {key}")
-    pieces = install(loaded.model, recipe, _probe(encoded["train"], device))
+    with kernels.fast_kernels(device, recipe.train.kernels):
+        pieces = install(loaded.model, recipe, _probe(encoded["train"], device))
     made = _windows(recipe, task, encoded["train"], device, packed=pieces.packing is not None)
     made.places = encoded["train"].places(splits["train"].table.places)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
@@ -154,7 +155,10 @@ def cache_frozen(
     if kind == "off":
         return None, ""
     splits = [ready.encoded[name] for name in ("train", "validation") if name in ready.encoded]
-    with kernels.fast_float32(ready.device):
+    last = ready.pieces.last_layer
+    if last and not any(map(freeze.ever_trains, last.block.parameters())):
+        last.remove()  # where even the last block is frozen, its states are kept whole, not computed in part
+    with kernels.fast_kernels(ready.device, recipe.train.kernels):
         return frozen_cache.install(
             ready.loaded.model, ready.task, splits, ready.head, kind=kind, folder=_cache(recipe), limit=recipe.train.cache_limit,
             device=ready.device, autocast=optim.autocast(ready.precision, ready.device),

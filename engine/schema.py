@@ -200,7 +200,10 @@ class Train(Group):
         "auto",
         description="Padded tokens in one forward pass: the memory knob, it never changes the result. Halved when memory runs out.",
     )
-    packing: bool = Field(True, description="Let short examples share a row where the architecture allows; changes speed alone.")
+    kernels: bool = Field(
+        True, description="On a CPU: attention a few rows at a time, float32 products by oneDNN where they are true; speed alone."
+    )
+    packing: bool = Field(True, description="Compute no padding, where the architecture allows; changes speed alone.")
     last_layer: bool = Field(
         True,
         description="Compute the last layer only where the head reads, if a probe proves it; changes speed, and which dropout is drawn.",

@@ -148,7 +148,7 @@ def _predicted(recipe: Any) -> dict[str, Any]:
 
     ready = ready_for(recipe, lambda line: None)
     kind, train = optim.autocast(ready.precision, ready.device), ready.encoded["train"]
-    with kernels.fast_float32(ready.device):
+    with kernels.fast_kernels(ready.device):
         warm = evaluate.outputs(ready.loaded.model, ready.task, train, tokens=4096, device=ready.device, autocast=kind)
         start = time.time()
         made = evaluate.outputs(ready.loaded.model, ready.task, train, tokens=4096, device=ready.device, autocast=kind)
@@ -210,7 +210,7 @@ def trainer(out: Path, work: Work, options: dict[str, Any], steps: int, base: st
     arguments = transformers.TrainingArguments(
         output_dir=str(out / "trainer"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, max_steps=steps,
         learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.01, seed=SEED, report_to=[], save_strategy="no",
-        disable_tqdm=True, bf16=bool(options.get("bf16")), bf16_full_eval=False, **more,
+        disable_tqdm=True, bf16=bool(options.get("bf16")), bf16_full_eval=False, use_cpu=not torch.cuda.is_available(), **more,
     )  # fmt: skip
     run = Same(
         model=model, args=arguments, train_dataset=data, processing_class=tokenizer,

@@ -98,7 +98,7 @@ def speed(name: str, out: Path) -> dict[str, Any]:
     optimizer = optim.adamw(freeze.groups(model, rate, 0.01, ready.rates), rate, [0.9, 0.999], 1e-8)
     settings = Settings(steps=STEPS, seed=13, clip=1.0, max_skipped=0, evaluate_every=None, save_every=10**9)
     progress = Progress()
-    with kernels.fast_float32(ready.device):
+    with kernels.fast_kernels(ready.device):
         train(
             model, ready.task, ready.windows, optimizer, torch.amp.GradScaler("cpu", enabled=False), lambda step: 1.0,
             lambda step: freeze.thaw(model, step), settings, progress, device=ready.device,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine import finetune, prepare
 from engine.data.windows import cut
-from engine.fast import kernels, packing
+from engine.fast import attention, kernels, packing
 
 QUIET = {"say": lambda line: None}
 
@@ -21,21 +21,47 @@ def test_a_plan_puts_every_token_in_one_place(lengths: list[int]) -> None:
     t = max(lengths)
     mask = (torch.arange(t) < torch.tensor(lengths)[:, None]).long()
     made = packing.plan(mask)
-    rows = packing.first_fit_decreasing(lengths, t)
+    capacity = -(-t // packing.ROW) * packing.ROW
+    rows = packing.first_fit_decreasing(lengths, capacity)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= t for row in rows)
+    assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
     if made is None:
-        assert len(rows) == len(lengths)
+        assert len(set(lengths)) == 1
         return
-    tokens = torch.arange(mask.numel())
-    packed = tokens[made.gather]
-    real = mask.flatten().bool()
-    assert torch.equal(packed[made.back][real], tokens[real])
-    assert made.back[real].unique().numel() == sum(lengths)
-    owner = torch.full((made.rows * t,), -1)
-    owner[made.back[real]] = (tokens // t)[real]
-    owner = owner.view(made.rows, t)
+    real, n = mask.flatten().bool(), sum(lengths)
+    tokens = torch.arange(1, mask.numel() + 1).view(len(lengths), t, 1).double()
+    line = made.pack(tokens)
+    assert line.shape[1] % packing.GRAIN == 0
+    assert line.shape[1] - n == len(made.fill) < packing.GRAIN
+    assert torch.equal(made.unpack(line).flatten()[real], tokens.flatten()[real])
+    assert made.back[real].unique().numel() == n
+    spread = made.rows(line)
+    assert spread.shape == (len(rows), capacity, 1)
+    assert torch.equal(made.line(spread)[0, :n], line[0, :n])
+    owner = torch.full((len(rows) * capacity,), -1)
+    owner[made.gather[:n]] = ((line[0, :n, 0].long() - 1) // t)
+    assert torch.equal(made.empty, (owner == -1).nonzero()[:, 0])
+    owner = owner.view(len(rows), capacity)
     assert torch.equal(made.mask[:, 0], owner[:, :, None] == owner[:, None, :])
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=20))
+def test_rearranging_gives_back_the_gradient_of_each_token_and_zero_elsewhere(lengths: list[int]) -> None:
+    t = max(lengths)
+    made = packing.plan((torch.arange(t) < torch.tensor(lengths)[:, None]).long())
+    if made is None:
+        return
+    n = sum(lengths)
+    x = torch.randn(1, made.positions.shape[1], 2, dtype=torch.float64, requires_grad=True)
+    there = made.line(made.rows(x))
+    (got,) = torch.autograd.grad((there * torch.arange(1.0, there.numel() + 1).view_as(there)).sum(), x)
+    expected = torch.arange(1.0, there.numel() + 1).view_as(there).double()
+    expected[:, n:] = 0
+    assert torch.equal(got, expected)
+    rows = torch.randn(*made.shape[1:], 2, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(made.line(rows).sum(), rows)
+    assert torch.equal(got.flatten(0, 1)[made.empty], torch.zeros(len(made.empty), 2))
+    assert torch.equal(got.flatten(0, 1)[made.gather[:n]], torch.ones(n, 2))
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(30, 200))
@@ -136,9 +162,86 @@ def test_architectures_without_the_seam_fall_back_and_say_so(tmp_path: Path) -> 
 
 def test_float32_stays_true_float32_and_is_restored() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with kernels.fast_float32(torch.device("cpu")):
+    with kernels.fast_kernels(torch.device("cpu")):
         assert kernels.error() < kernels.LARGEST_ERROR
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     a = torch.randn(256, 1536)
     rounded = (a.bfloat16().float() @ torch.ones(1536, 4) - a @ torch.ones(1536, 4)).abs().max()
     assert rounded > kernels.LARGEST_ERROR, "the probe would notice bfloat16"
+
+
+# -- attention a few rows at a time -----------------------------------------------------------------------------------
+
+
+def heads(rows: int, m: int, c: int) -> list[torch.Tensor]:
+    """Queries (rows, 2, m, 3), keys and values (rows, 2, c, 3) in float64."""
+    torch.manual_seed(0)
+    return [torch.randn(rows, 2, t, 3, dtype=torch.float64, requires_grad=True) for t in (m, c, c)]
+
+
+@pytest.mark.parametrize("cache", [1, 1 << 19])  # a row at a time, and all of them
+@pytest.mark.parametrize(("m", "masked"), [(5, False), (5, True), (2, True)])
+def test_attention_is_torchs_and_its_gradient_is_autograds(
+    monkeypatch: pytest.MonkeyPatch, m: int, masked: bool, cache: int
+) -> None:
+    monkeypatch.setattr(attention, "CACHE", cache)
+    qkv, mask = heads(4, m, 5), torch.rand(4, 1, m, 5) > 0.4
+    mask[..., 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(*qkv, mask if masked else None, scale=0.3)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), qkv)
+    bias = attention.bias_of(mask, torch.float64) if masked else None
+    found = attention.Attention.apply(*qkv, bias, 0.3, None)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), qkv), gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention.Attention.apply(q, k, v, bias, 0.3, None), qkv)
+
+
+def test_attention_drops_what_its_mask_says_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CACHE", 60)
+    qkv, drawn = heads(4, 5, 5), []
+
+    def draw(p: torch.Tensor) -> torch.Tensor:
+        drawn.append(attention.fresh(p, 0.3))
+        return drawn[-1]
+
+    found = attention.Attention.apply(*qkv, None, 0.3, draw)
+    q, k, v = qkv
+    mask = torch.cat(drawn).view(4, 2, 5, 5)
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    expected = ((0.3 * q @ k.transpose(2, 3)).softmax(-1) * mask) @ v
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), qkv), torch.autograd.grad((expected * weight).sum(), qkv), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_unusual_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared keys, a bias by position, causality without a mask; and everything where the kernels are not asked for."""
+    seen: list[str] = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: seen.append("torch"))
+    module, (q, k, v) = torch.nn.Identity(), heads(2, 5, 5)
+    plain, mask = {"is_causal": False}, torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    attention.attention(module, q, k, v, mask, **plain)
+    with kernels.fast_kernels(torch.device("cpu")):
+        attention.attention(module, q, k[:, :1], v[:, :1], mask, **plain)
+        attention.attention(module, q, k, v, mask, position_bias=mask, **plain)
+        attention.attention(module, q, k, v, None)
+        assert seen == ["torch"] * 4
+        attention.attention(module, q, k, v, None, **plain)
+    with kernels.fast_kernels(torch.device("cpu"), wanted=False):
+        attention.attention(module, q, k, v, mask, **plain)
+    assert seen == ["torch"] * 5
+
+
+def test_products_are_torchs_own_inside_attention_and_afterwards() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with kernels.fast_kernels(torch.device("cpu")):
+        within = torch.backends.mkldnn.matmul.fp32_precision
+        with kernels.plain_products():
+            assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+        assert torch.backends.mkldnn.matmul.fp32_precision == within
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

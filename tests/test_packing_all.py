@@ -100,7 +100,8 @@ def test_packed_rows_give_every_head_the_same_outputs_and_gradients(name: str, h
     assert piece, said
     now = results(model)
     assert piece.plan is not None
-    assert piece.plan.rows == 4  # of 8
+    assert piece.plan.positions.shape == (1, 64)  # a line, for 8 rows of 19
+    assert piece.plan.shape == (8, 2, 32)  # and 2 rows of 32 for attention
     assert_equal(now, before)
     piece.remove()
     assert_equal(results(model), before, 0.0)
@@ -124,7 +125,7 @@ def test_the_last_layer_at_read_positions_changes_no_output_and_no_gradient(name
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda m, args, y: sizes.append(y.shape[:-1].numel()))
     assert_equal(results(model), before)
-    tokens = 4 * 19 if packed else 8 * 19
+    tokens = 64 if packed else 8 * 19
     whole = 1 if name == "modernbert" else 2  # queries, keys and values are one matrix there
     assert sum(n >= tokens for n in sizes) == whole, "keys and values of every token, nothing else"
     assert sizes.count(len(LENGTHS)) >= 2, "the feed-forward, once an example"
@@ -300,8 +301,8 @@ def test_a_proof_costs_no_more_however_long_the_texts_are(recipe: MakeRecipe) ->
     pieces = install(model, recipe(), probe)
     assert pieces.packing is not None
     assert pieces.last_layer is not None
-    assert len(seen) == 5, "plain, packed, which positions are read, the last layer packed, and not packed"
-    assert max(seen) == 3 * 64
+    assert len(seen) == 6, "plain, attention, packed, which positions are read, the last layer packed, and not packed"
+    assert max(seen) == 3 * 32
     model, seen = made("bert", max_position_embeddings=256), []
     assert install(model, recipe(), {k: v[[0, 0, 0]] for k, v in probe.items()}).packing is None, "nothing is short enough"
 
@@ -330,7 +331,7 @@ def test_the_proof_sees_a_piece_that_is_wrong_in_its_gradients_alone(monkeypatch
 # -- pieces of the loop -----------------------------------------------------------------------------------------------
 
 OFF = {
-    "packing": "train.packing=false", "last_layer": "train.last_layer=false", "ahead": "train.ahead=false",
+    "kernels": "train.kernels=false", "packing": "train.packing=false", "last_layer": "train.last_layer=false", "ahead": "train.ahead=false",
     "vocabulary": "train.compact_vocabulary=false", "float32": "", "cache": "train.cache_frozen=off",
 }  # fmt: skip
 PIECES = tuple(OFF)[:-1]

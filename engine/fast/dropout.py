@@ -29,7 +29,6 @@ from engine.layers._around import replaced
 PARTS = 32
 LEAST = 1 << 22  # numbers of a pool
 ALIGN = 16  # numbers: a cache line of float32
-NAME = "pool_sdpa"  # in transformers' registry of attention functions
 
 
 class Pool:
@@ -75,12 +74,17 @@ class Pools:
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """x with a share p of its numbers set to zero and the others scaled by 1 / (1 - p)."""
-        if 2 * x.numel() > self.size or p == 1.0:
-            return F.dropout(x, p)
+        return F.dropout(x, p) if self.too_large(x) or p == 1.0 else x * self.mask(x, p)
+
+    def too_large(self, x: Tensor) -> bool:
+        return 2 * x.numel() > self.size
+
+    def mask(self, x: Tensor, p: float) -> Tensor:
+        """Zeros, a share p, and 1 / (1 - p), in the shape and type of x; not for a `too_large` x."""
         key = (p, x.dtype, x.device)
         if key not in self.made:
             self.made[key] = Pool(p, self.size, x)
-        return x * self.made[key].mask(x)
+        return self.made[key].mask(x)
 
 
 class PoolDropout(nn.Dropout):
@@ -101,7 +105,7 @@ class Dropouts:
     """
 
     def __init__(self, model: Any, kind: str, activations: int):
-        self.model, self.said, self.kernel = model, "", ""
+        self.model, self.said = model, ""
         paths = [path for path, m in model.named_modules() if kind == "pool" and type(m) is nn.Dropout and m.p > 0]
         self.old: dict[str, nn.Dropout] = {path: model.get_submodule(path) for path in paths}
         if not paths:
@@ -110,43 +114,9 @@ class Dropouts:
         for path, old in self.old.items():
             replaced(model, path, PoolDropout(old.p, pools).train(old.training))
         self.said = f"dropout by windows of a pool of {pools.size:,} numbers in {len(paths)} places"
-        if model.config._attn_implementation == "sdpa":
-            from transformers import AttentionInterface, AttentionMaskInterface
-            from transformers.masking_utils import sdpa_mask
-
-            AttentionInterface.register(NAME, attention)
-            AttentionMaskInterface.register(NAME, sdpa_mask)
-            self.kernel, model.config._attn_implementation = "sdpa", NAME
-            self.said += ", and in attention on a CPU"
 
     def restore(self) -> None:
         """The model's own dropout again."""
         for path, old in self.old.items():
             replaced(self.model, path, old.train(self.model.get_submodule(path).training))
-        if self.kernel:
-            self.model.config._attn_implementation = self.kernel
-        self.old, self.kernel = {}, ""
-
-
-def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **more: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """What torch's attention computes when it drops on a CPU, softmax(Q K^T scaling + mask) V, with a mask from the pool.
-
-    Everything else (no dropout, a GPU's kernels, shared keys, a bias by position, causality without a mask) is left to torch.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    pools = next((child.pools for child in module.children() if isinstance(child, PoolDropout)), None)
-    causal = more.get("is_causal") if more.get("is_causal") is not None else getattr(module, "is_causal", True)
-    other = more.get("position_bias") is not None or query.shape[1] != key.shape[1] or (attention_mask is None and causal)
-    if pools is None or not dropout or query.device.type != "cpu" or other:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)  # type: ignore[no-any-return,no-untyped-call]
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, heads, T, T)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = pools.drop(scores.softmax(-1), dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), None  # (B, T, heads, D)
+        self.old = {}

@@ -1,6 +1,7 @@
 """The pieces of speed that live inside a model: put in one after the other, each proven before the next.
 
-    packing      rows shared by short examples              train.packing        engine/fast/packing.py
+    attention    a few rows at a time, on a CPU             train.kernels        engine/fast/attention.py
+    packing      no padding                                 train.packing        engine/fast/packing.py
     last layer   only the positions that the head reads     train.last_layer     engine/fast/last_layer.py
 
 A piece that the architecture, a tuning method or a swapped layer makes impossible stays out, and `said` has the reason: it is
@@ -13,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.fast import last_layer, packing
+from engine.fast import attention, last_layer, packing
 from engine.fast.last_layer import LastLayer
 from engine.fast.packing import Packing
 from engine.fast.proof import Proof
 from engine.recipe import Recipe
 
-LONGEST = 64  # tokens of the probe's examples
+LONGEST = 32  # tokens of the probe's examples
 
 
 @dataclass
@@ -34,9 +35,13 @@ class Pieces:
 def install(model: Any, recipe: Recipe, probe: dict[str, Tensor], *, trains: bool = True) -> Pieces:
     """Put in what the recipe asks for and what proves itself on `probe`, the inputs of a few examples of unlike lengths."""
     pieces, asked = Pieces(), recipe.train
-    possible = (asked.packing and not packing.refusal(model)) or (asked.last_layer and not last_layer.refusal(model))
+    cpu = probe["input_ids"].device.type == "cpu"
+    ours = cpu and (asked.kernels or asked.dropout == "pool") and attention.possible(model)
+    possible = ours or (asked.packing and not packing.refusal(model)) or (asked.last_layer and not last_layer.refusal(model))
     probe = cut(probe)
     proof = Proof(model, probe, gradients=trains) if possible else None
+    if ours and proof:
+        pieces.said += attention.install(model, proof)
     if asked.packing:
         pieces.packing, found = packing.install(model, probe, proof)
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 LARGEST_ERROR = 1e-3  # of products of standard normal numbers over K = 1536
+_active = False
 
 
 def amd() -> bool:
@@ -31,21 +32,46 @@ def error() -> float:
     return float((a @ b - (a.double() @ b.double())).abs().max())
 
 
+def active() -> bool:
+    """Whether the fast kernels are asked for: within `fast_kernels`."""
+    return _active
+
+
 @contextlib.contextmanager
-def fast_float32(device: torch.device) -> Iterator[str]:
-    """Within the block float32 products take the faster true path; yields what was found. Restored afterwards."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if device.type != "cpu" or matmul is None or not hasattr(matmul, "fp32_precision") or not amd():
+def fast_kernels(device: torch.device, wanted: bool = True) -> Iterator[str]:
+    """Within the block attention is ours on a CPU, and float32 products take the faster true path; yields what was found."""
+    global _active
+    if device.type != "cpu" or not wanted:
         yield ""
         return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    _active, found = True, "attention a few rows at a time"
+    before = getattr(matmul, "fp32_precision", None)
     try:
-        found = error()
-        if found > LARGEST_ERROR:
-            matmul.fp32_precision = before
-            yield ""
-        else:
-            yield f"float32 products by oneDNN ({found:.0e} from float64)"
+        if before is not None and amd():
+            matmul.fp32_precision = "bf16"  # type: ignore[union-attr]
+            off = error()
+            if off > LARGEST_ERROR:
+                matmul.fp32_precision = before  # type: ignore[union-attr]
+            else:
+                found += f"; float32 products by oneDNN ({off:.0e} from float64)"
+        yield found
     finally:
-        matmul.fp32_precision = before
+        _active = False
+        if before is not None:
+            matmul.fp32_precision = before  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def plain_products() -> Iterator[None]:
+    """Within the block float32 products are torch's own again: oneDNN is slow at many small ones."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(matmul, "fp32_precision", "none")
+    if before in ("none", "ieee"):
+        yield
+        return
+    matmul.fp32_precision = "none"  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before  # type: ignore[union-attr]

@@ -8,7 +8,7 @@
 
 Of a block's 12 H^2 multiplications a token two H^2 are left (keys and values). What is left out would be read by nobody, so
 outputs and gradients are the same to float32's rounding. With dropout other masks are drawn, since there are fewer places to
-draw them for. In packed rows (engine/fast/packing.py) the positions are those where examples begin:
+draw them for. Of packed texts (engine/fast/packing.py) the positions are those where examples begin:
 
     row   b b b b b c c c -      M = 2 queries, at 0 and 5, each sees its own example; then one row an example: (B, 1, H)
 
@@ -34,13 +34,26 @@ from engine.models import eval_mode
 
 
 class Reads:
-    """Which positions are read: the first of each row, or in packed rows the first of each example."""
+    """Which positions are read: the first of each row, or of packed texts the first of each example.
+
+    What comes in is the block's input, (B, T, H), or the line of packed texts, (1, N, H), of which attention sees R rows of C.
+    """
 
     def __init__(self, plan: Plan | None):
         self.plan = plan
 
+    def rows(self, x: Tensor) -> Tensor:
+        """What attention looks at: (B, T, H), or (1, N, H) -> (R, C, H)."""
+        return x if self.plan is None else self.plan.rows(x)
+
     def at(self, x: Tensor) -> Tensor:
-        """The read positions of x: (R, C, ...) -> (R, M, ...)."""
+        """The read positions: (B, T, H) -> (B, 1, H), or (1, N, H) -> (R, M, H)."""
+        if self.plan is None:
+            return x[:, :1]
+        return x[0].index_select(0, self.plan.spread[self.plan.firsts]).view(self.plan.shape[1], -1, *x.shape[2:])
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The read positions of what stands in rows already: (R, C, ...) -> (R, M, ...)."""
         if self.plan is None:
             return x[:, :1]
         return x.flatten(0, 1).index_select(0, self.plan.firsts).view(len(x), -1, *x.shape[2:])
@@ -49,16 +62,16 @@ class Reads:
         """One position a row, a row an example: (R, M, H) -> (B, 1, H)."""
         return x if self.plan is None else x.flatten(0, 1).index_select(0, self.plan.seats)[:, None]
 
-    def looks(self, mask: Tensor | None) -> Tensor | None:
+    def looks(self, mask: Any) -> Any:
         """An attention mask's rows of the read positions: (R, 1, C, C) -> (R, 1, M, C)."""
-        return None if mask is None else self.at(mask.transpose(1, 2)).transpose(1, 2)
+        return None if mask is None else self.of_rows(mask.transpose(1, 2)).transpose(1, 2)
 
     def distances(self, relative: Tensor | None) -> Tensor | None:
         """Relative positions from the read ones: (1, C, C) -> (1 or R, M, C)."""
         if relative is None or self.plan is None:
             return relative if relative is None else relative[:, :1]
         at = self.plan.firsts % relative.shape[-1]
-        return relative[0].index_select(0, at).view(self.plan.rows, -1, relative.shape[-1])
+        return relative[0].index_select(0, at).view(self.plan.shape[1], -1, relative.shape[-1])
 
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float) -> Tensor:
@@ -75,18 +88,18 @@ def _heads(x: Tensor, size: int) -> Tensor:
 
 
 def bert(block: Any, reads: Reads, hidden: Tensor, mask: Tensor | None, **more: Any) -> Tensor:
-    """BERT, RoBERTa, ELECTRA: hidden (R, C, H) -> (B, 1, H)."""
+    """BERT, RoBERTa, ELECTRA: hidden (B, T, H) or (1, N, H) -> (B, 1, H)."""
     a, x = block.attention.self, reads.at(hidden)
-    q, k, v = (_heads(y, a.attention_head_size) for y in (a.query(x), a.key(hidden), a.value(hidden)))
+    q, k, v = (_heads(y, a.attention_head_size) for y in (a.query(x), reads.rows(a.key(hidden)), reads.rows(a.value(hidden))))
     context = attend(a, q, k, v, reads.looks(mask), a.dropout.p, a.scaling)
     y = block.attention.output(reads.each(context), reads.each(x))
     return block.output(block.intermediate(y), y)  # type: ignore[no-any-return]
 
 
 def distilbert(block: Any, reads: Reads, hidden: Tensor, mask: Tensor | None, **more: Any) -> Tensor:
-    """hidden (R, C, H) -> (B, 1, H)."""
+    """hidden (B, T, H) or (1, N, H) -> (B, 1, H)."""
     a, x = block.attention, reads.at(hidden)
-    q, k, v = (_heads(y, a.attention_head_size) for y in (a.q_lin(x), a.k_lin(hidden), a.v_lin(hidden)))
+    q, k, v = (_heads(y, a.attention_head_size) for y in (a.q_lin(x), reads.rows(a.k_lin(hidden)), reads.rows(a.v_lin(hidden))))
     context = attend(a, q, k, v, reads.looks(mask), a.dropout.p, a.scaling)
     y = block.sa_layer_norm(a.out_lin(reads.each(context)) + reads.each(x))
     return block.output_layer_norm(block.ffn(y) + y)  # type: ignore[no-any-return]
@@ -95,14 +108,15 @@ def distilbert(block: Any, reads: Reads, hidden: Tensor, mask: Tensor | None, **
 def modernbert(
     block: Any, reads: Reads, hidden: Tensor, mask: Tensor | None, *, position_embeddings: tuple[Tensor, Tensor], **more: Any
 ) -> Tensor:
-    """Norms stand before the sublayers, positions are rotations: hidden (R, C, H) -> (B, 1, H)."""
+    """Norms stand before the sublayers, positions are rotations: hidden (B, T, H) or (1, N, H) -> (B, 1, H)."""
     from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
     a = block.attn
-    qkv = a.Wqkv(block.attn_norm(hidden)).unflatten(-1, (3, -1, a.head_dim))  # (R, C, 3, heads, D)
+    qkv = a.Wqkv(block.attn_norm(hidden)).unflatten(-1, (3, -1, a.head_dim))  # (B, T, 3, heads, D)
     q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
     q = reads.at(q.transpose(1, 2)).transpose(1, 2)  # (R, heads, M, D)
+    k, v = (reads.rows(y.transpose(1, 2)).transpose(1, 2) for y in (k, v))  # (R, heads, C, D)
     context = attend(a, q, k, v, reads.looks(mask), a.attention_dropout, a.head_dim**-0.5)
     y = reads.each(reads.at(hidden)) + a.out_drop(a.Wo(reads.each(context)))
     return y + block.mlp(block.mlp_norm(y))  # type: ignore[no-any-return]
@@ -112,12 +126,12 @@ def deberta(
     block: Any, reads: Reads, hidden: Tensor, mask: Tensor, *, relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """DeBERTa-v2, by our form of its attention, over the very same parameters: hidden (R, C, H) -> (B, 1, H)."""
+    """DeBERTa-v2, by our form of its attention, over the very same parameters: hidden (B, T, H) or (1, N, H) -> (B, 1, H)."""
     old, x = block.attention.self, reads.at(hidden)
     a = old if isinstance(old, DisentangledAttention) else DisentangledAttention(old)
     a.training = old.training
-    context, _ = a(
-        hidden, reads.looks(mask), query_states=x, relative_pos=reads.distances(relative_pos), rel_embeddings=rel_embeddings
+    context, _ = a.forward(  # not the hooks: they are the packing's own
+        reads.rows(hidden), reads.looks(mask), query_states=x, relative_pos=reads.distances(relative_pos), rel_embeddings=rel_embeddings
     )
     y = block.attention.output(reads.each(context), reads.each(x))
     return block.output(block.intermediate(y), y), None
@@ -148,7 +162,7 @@ class LastLayer:
         self.wanted = not asks_for_more(body.config, kwargs | {"use_cache": None})  # an encoder has no cache
 
     def _forward(self, hidden: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """hidden (B, T, H), or packed (R, C, H) -> (B, 1, H)."""
+        """hidden (B, T, H), or packed (1, N, H) -> (B, 1, H)."""
         if mask is None:
             mask = kwargs.pop("attention_mask", None)
         if not (self.active and self.wanted):
@@ -188,7 +202,9 @@ def refusal(model: Any) -> str:
         for name in path.split(".") if path else ():
             module = getattr(module, name, None)
         own = type(module).__module__.startswith("transformers.models.") or isinstance(module, DisentangledAttention)
-        hooked = own and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()] if own else []
+        foreign = [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), Packing)]
+        hooked = own and (foreign or "forward" in vars(module))
         if not own or hooked:
             return f"its {path or 'block'} is {'hooked' if own else 'a ' + type(module).__name__}, not transformers' own"
     return ""

@@ -6,7 +6,8 @@
     distance = max |now - plain| / max |plain|,  once for the outputs, once over all gradients; the larger of the two counts
 
 The weights w are fixed and unlike each other, so that no two outputs can stand in for one another. What stands on padding
-is left out: nobody reads it.
+is left out: nobody reads it. Of a gradient its sums over rows and over columns are kept, as soon as it is there: whole, twice
+over, they would be the largest thing in memory before the first step.
 """
 
 import math
@@ -41,10 +42,22 @@ class Proof:
         self.plain = self._compute()
 
     def _compute(self) -> tuple[Tensor, list[Tensor | None]]:
-        with eval_mode(self.model), torch.set_grad_enabled(bool(self.trains)), torch.backends.cudnn.flags(enabled=False):
-            y = answers(self.model, self.probe)
-            g = torch.autograd.grad(weighed(y), self.trains, allow_unused=True) if self.trains else ()
-        return y.detach(), list(g)
+        sums: dict[Tensor, Tensor] = {}
+
+        def take(p: Tensor) -> None:
+            assert p.grad is not None, "the hook runs after the gradient is there"
+            sums[p], p.grad = margins(p.grad), None
+
+        hooks = [p.register_post_accumulate_grad_hook(take) for p in self.trains]
+        try:
+            with eval_mode(self.model), torch.set_grad_enabled(bool(self.trains)), torch.backends.cudnn.flags(enabled=False):
+                y = answers(self.model, self.probe)
+                if self.trains:
+                    weighed(y).backward()  # type: ignore[no-untyped-call]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return y.detach(), [sums.get(p) for p in self.trains]
 
     def distance(self) -> tuple[float, str]:
         """(how far the model's answers and gradients are from those before, and in words). Infinitely far where it fails."""
@@ -55,6 +68,11 @@ class Proof:
         outputs = _apart([self.plain[0]], [y])
         apart = max(outputs, _apart(self.plain[1], gradients))
         return apart, f"differs by {apart:.1e}" + ("" if outputs > TOLERANCE else " in its gradients")
+
+
+def margins(g: Tensor) -> Tensor:
+    """A gradient's sums over its rows and over its columns, in one vector; a vector as it is."""
+    return torch.cat([g.flatten(1).sum(0), g.flatten(1).sum(1)]) if g.ndim > 1 else g.clone()
 
 
 def _apart(before: list[Tensor | None] | list[Tensor], now: list[Tensor | None] | list[Tensor]) -> float:

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from engine.errors import InputError
+from engine.fast.attention import attention as plain_attention
 from engine.freeze import train_only
 from engine.layers.disentangled import DisentangledAttention
 from engine.models import eval_mode
@@ -83,7 +83,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         _seen.append((module, (key.shape[1], key.shape[3], value.shape[3])))
     prefix = getattr(module, "prefix", None)
     if prefix is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        return plain_attention(module, query, key, value, attention_mask, **more)
     p_key, p_value = prefix()
     p, b = p_key.shape[2], len(key)
     causal = more.get("is_causal")
@@ -97,7 +97,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         more["position_bias"] = F.pad(more["position_bias"], (p, 0))
     key = torch.cat([p_key.to(key.dtype).expand(b, -1, -1, -1), key], dim=2)
     value = torch.cat([p_value.to(value.dtype).expand(b, -1, -1, -1), value], dim=2)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **{**more, "is_causal": False})
+    return plain_attention(module, query, key, value, attention_mask, **{**more, "is_causal": False})
 
 
 AttentionInterface.register(NAME, attention)
