@@ -131,3 +131,34 @@ def test_last_n_and_bitfit_freeze_the_rest(recipe: MakeRecipe) -> None:
     assert "bert.encoder.layer.0.attention.self.query.bias" in bias
     with pytest.raises(InputError, match="3 is more than this model's 2 blocks"):
         training("tune={method: last_n, n: 3}")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_the_update_s_written_gradient_is_autograd_s(kind: torch.dtype) -> None:
+    """Against the formula in plain operations, in float64 to rounding; in bfloat16 no further from float64 than autograd's own."""
+    torch.manual_seed(0)
+    y, x, a, b = (torch.randn(*s, dtype=torch.float64) for s in ((3, 5, 7), (3, 5, 6), (2, 6), (7, 2)))
+    weight = torch.randn(3, 5, 7, dtype=torch.float64)
+
+    def run(function: object, kind: torch.dtype) -> list[torch.Tensor]:
+        given = [t.to(kind).requires_grad_() for t in (y, x, a, b)]
+        out = function(*given)  # type: ignore[operator]
+        return [t.double() for t in (out, *torch.autograd.grad((out * weight.to(kind)).sum(), given))]
+
+    def plain(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return y + 0.7 * (x @ a.T @ b.T)
+
+    exact, theirs = run(plain, torch.float64), run(plain, kind)
+    for one, other, true in zip(run(lambda *given: lora.LowRank.apply(*given, 0.7), kind), theirs, exact, strict=True):
+        assert (one - true).abs().max() <= 1.5 * (other - true).abs().max() + 1e-12 * true.abs().max()
+
+
+def test_the_update_keeps_its_parameters_types_under_autocast() -> None:
+    layer = lora.LoRALinear(nn.Linear(6, 7).requires_grad_(False), 2, 4.0)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert [t.grad.dtype for t in (x, layer.lora_A, layer.lora_B)] == [torch.float32] * 3  # type: ignore[union-attr]

@@ -21,9 +21,17 @@ the pretrained one; A starts as a linear layer's weight does. Afterwards W + sca
              and keeps the base bit-equal.
 
 On an embedding the update of token i is scaling * B A[:, i].
+
+The gradient of the update, written down (`LowRank`): with z = A x and g the gradient of y,
+
+    dB = scaling g^T z        dz = scaling g B        dA = dz^T x        dx = dz A        (and g goes on to W x as it is)
+
+Kept for it are x, which the other projections of x keep as well, and z of r numbers a token; the update itself is never a
+tensor of its own, it is added up within the product.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +39,30 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.layers._around import Around, shape_of
+
+
+class LowRank(torch.autograd.Function):
+    """y (..., out), x (..., in), A (r, in), B (out, r) -> y + scaling x A^T B^T, of y's type."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            rows = x.to(y.dtype).flatten(0, -2)  # (N, in)
+            z = rows @ a.T.to(y.dtype)  # (N, r)
+            out = torch.addmm(y.flatten(0, -2), z, b.T.to(y.dtype), alpha=scaling)
+        ctx.save_for_backward(rows, z, a, b)
+        ctx.scaling, ctx.kind = scaling, x.dtype
+        return out.view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, z, a, b = ctx.saved_tensors
+        g2 = g.flatten(0, -2)
+        dz = (g2 @ b.to(g.dtype)).mul_(ctx.scaling)  # (N, r)
+        db = (g2.T @ z).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        da = dz.T @ x if ctx.needs_input_grad[2] else None
+        dx = (dz @ a.to(g.dtype)).view(*g.shape[:-1], -1).to(ctx.kind) if ctx.needs_input_grad[1] else None
+        return g, dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
 
 
 class LoRALinear(Around):
@@ -89,6 +121,8 @@ class LoRALinear(Around):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.magnitude is None and self.start_A is None:
+            return LowRank.apply(self.base(x), self.dropout(x), self.lora_A, self.lora_B, self.scaling)  # type: ignore[no-any-return,no-untyped-call]
         update = self.dropout(x) @ self.lora_A.T @ self.lora_B.T  # (..., out)
         if self.start_A is not None:
             update = update - x @ self.start_A.T @ self.start_B.T
