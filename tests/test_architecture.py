@@ -21,6 +21,7 @@ LEVELS = [
         "lock",
         "progress",
         "blocks",
+        "lean",
     },
     {"schema", "recipe", "override", "faults", "spans"},
     {"data", "swap", "metrics"},

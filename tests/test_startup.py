@@ -17,8 +17,11 @@ from hypothesis.extra import numpy as arrays
 from engine import find
 from engine.data import encode
 
-# torch and transformers' model classes import torch._dynamo, sympy, torch.distributed.tensor, scipy.optimize and PIL themselves
+# torch and transformers' model classes import sympy and PIL themselves; engine/lean.py keeps the others out
 HEAVY = [
+    "torch._dynamo.eval_frame",
+    "torch.distributed.tensor._api",
+    "scipy.optimize._optimize",
     "sklearn",
     "scipy.stats",
     "pandas",
