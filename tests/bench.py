@@ -2,12 +2,15 @@
 
     make bench                              every case, three interleaved rounds (an hour on two cores)
     make bench ARGS="--cases sst2 lora"     some of them
-    make bench ARGS=--table                 the README's table from the last results
+    make bench ARGS=--table                 the README's tables from the last results
+    make bench ARGS=--profile               where one step's time goes, and what is left to the ceiling
 
 Each measurement is a process of its own. Throughput is counted from the end of the first step to the end of the last, with
 the same rows in the same order for all but group_by_length, which chooses its own. Memory is the process's largest resident
 size, start the time from the process's birth to the end of its first step. Equal results are shown apart, with dropout 0: the
-losses of 40 steps beside each other. Needs ../shared/data (sst2, imdb), which is not part of the project.
+losses of 40 steps beside each other. The ceiling is what this machine's own matrix products reach, measured in the same run; the
+share of it counts the products of the body that real tokens need in full fine-tuning (6 operations a weight and token), so what
+is spent on padding counts as nothing. Needs ../shared/data (sst2, imdb), which is not part of the project.
 """
 
 import argparse
@@ -44,11 +47,12 @@ class Work:
     data: str = "sst2"  # or imdb
     rows: int = 8000
     length: int = 128
-    steps: int = 50
+    steps: int = 150
     predict: bool = False
 
 
 SST2, LONG = Work(), Work("imdb", 2000, 256, 10)
+WEIGHTS = 10_622_976  # of MiniLM that take part in products with every token: 6 blocks of 12 H^2, H = 384, and biases left out
 PREDICT = Work(rows=4000, predict=True)
 
 
@@ -95,6 +99,84 @@ def texts(work: Work) -> tuple[list[str], list[int]]:
     return [r["sentence"] for r in rows_], [int(r["label"]) for r in rows_]
 
 
+def ceiling() -> dict[str, float]:
+    """The best rate of this machine's products, in GFLOP/s, of float32 as torch has it and as the engine takes it, and of bfloat16."""
+    import torch
+
+    from engine.fast import kernels
+
+    def rate(kind: torch.dtype) -> float:
+        x, w = torch.randn(1024, 384).to(kind), torch.randn(1536, 384).to(kind)
+        best = float("inf")
+        for _ in range(40):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            best = min(best, time.perf_counter() - start)
+        return 2 * 1024 * 384 * 1536 / best / 1e9
+
+    found = {"float32, torch": rate(torch.float32), "bfloat16": rate(torch.bfloat16)}
+    with kernels.fast_kernels(torch.device("cpu")):
+        return found | {"float32": rate(torch.float32)}
+
+
+def profile(out: Path) -> None:
+    """One step of SST-2, by what it is spent on: the mean of 20 after 60, in float32 and with bfloat16 weights."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from engine import finetune
+
+    groups = {
+        "matrix products": ("aten::mm", "aten::addmm"),
+        "attention": ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "Attention", "AttentionBackward"),
+        "optimizer and clipping": ("aten::_fused_adamw_", "aten::linalg_vector_norm", "aten::mul_", "Optimizer.step#AdamW.step"),
+        "GELU, norms, dropout": (
+            "aten::gelu", "aten::gelu_backward", "aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::mul",
+            "aten::bernoulli_", "aten::add", "aten::add_", "aten::sum",
+        ),
+        "copies and rearranging": ("aten::copy_", "aten::index_select", "aten::fill_", "aten::embedding_dense_backward"),
+    }  # fmt: skip
+    most, inner = ceiling(), finetune.train
+    for name, options in (("float32", POOL), ("bfloat16", BF16)):
+        spans: dict[str, float] = {}
+        wall, tokens = [0.0, 0.0], [0]
+
+        def train(model: Any, *arguments: Any, _wall: Any = wall, _tokens: Any = tokens, _spans: Any = spans, **more: Any) -> Any:
+            watch, seen = profile(activities=[ProfilerActivity.CPU]), [0]
+            write = more.pop("write")
+
+            def looked(record: dict[str, Any]) -> None:
+                write(record)
+                seen[0] += record["event"] == "step"
+                if seen[0] == 60:
+                    _wall[0] = time.perf_counter()
+                if seen[0] > 60:
+                    _tokens[0] += record.get("tokens", 0)
+                if seen[0] == 80 and not _wall[1]:
+                    _wall[1] = time.perf_counter()
+                    watch.start()
+                if seen[0] == 100:
+                    watch.stop()
+                    for event in watch.key_averages():
+                        _spans[event.key] = event.self_cpu_time_total / 1e6 / 20
+
+            return inner(model, *arguments, **more, write=looked)
+
+        finetune.train = train
+        engine(out, SST2, options, 101, "base")
+        step = (wall[1] - wall[0]) / 20
+        share = step / sum(spans.values())  # what the profiler itself takes, taken off evenly
+        print(f"\n{name}: {step * 1e3:.0f} ms a step\n\n| part | ms | share |\n|---|---|---|")
+        known = 0.0
+        for what, keys in groups.items():
+            seconds = sum(spans.get(key, 0.0) for key in keys) * share
+            known += seconds
+            print(f"| {what} | {seconds * 1e3:.0f} | {seconds / step:.0%} |")
+        print(f"| all else (Python, autograd, small operations) | {(step - known) * 1e3:.0f} | {1 - known / step:.0%} |")
+        least = 6 * WEIGHTS * tokens[0] / 41 / most[name] / 1e9
+        print(f"| for comparison: its products at the ceiling of {most[name]:.0f} GFLOP/s | {least * 1e3:.0f} | {least / step:.0%} |")
+    finetune.train = inner
+
+
 def prepare(out: Path) -> None:
     """The data as one file each, and the base model with a head, with its own dropout and without: all start from these."""
     import torch
@@ -137,7 +219,8 @@ evaluate: {{every: 1000000, bootstrap: 0}}
     finetune(made, str(folder))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     done = [r for r in log if r["event"] == "step"]
-    return {"times": [r["time"] for r in done], "losses": [r["loss"] for r in done], "tokens": sum(r["tokens"] for r in done[1:])}
+    tokens = sum(r["tokens"] for r in done[1:])
+    return {"times": [r["time"] for r in done], "losses": [r["loss"] for r in done], "tokens": tokens, "steps": len(done) - 1}
 
 
 def _predicted(recipe: Any) -> dict[str, Any]:
@@ -325,6 +408,9 @@ def apart(out: Path, case: Case) -> float:
 def run(out: Path, cases: list[Case], rounds: int) -> None:
     """Interleaved rounds, then equal results; everything goes into bench.json."""
     prepare(out)
+    most = ceiling()
+    print(f"ceiling: {', '.join(f'{kind} {rate:.0f} GFLOP/s' for kind, rate in most.items())}", flush=True)
+    (out / "ceiling.json").write_text(json.dumps(most))
     found: dict[str, list[dict[str, Any]]] = {}
     for number, (work, side, options) in itertools.product(range(rounds), list(sides(cases))):
         one = measured(out, work, side, options)
@@ -346,6 +432,13 @@ def run(out: Path, cases: list[Case], rounds: int) -> None:
             "start": statistics.median(a["start"] / b["start"] for a, b in zip(ours, theirs, strict=True)),
             "apart": None if case.equal is None else apart(out, case), "equal": case.equal,
         }  # fmt: skip
+        if not case.work.predict and not any(word in case.name for word in ("lora", "frozen")):
+            kinds = ["bfloat16" if "bf16" in str(o) or "bfloat16" in str(o) else "float32" for o in (case.ours, case.theirs)]
+            a_row = statistics.median(one["tokens"] / (one["steps"] * BATCH) for one in ours)
+            results[case.name]["share"] = [
+                6 * WEIGHTS * a_row * results[case.name][side] / most[kind] / 1e9
+                for side, kind in zip(("ours", "theirs"), kinds, strict=True)
+            ]
         print(f"{case.name:<50} {json.dumps(results[case.name])}", flush=True)
         before = json.loads((out / "bench.json").read_text()) if (out / "bench.json").exists() else {}
         (out / "bench.json").write_text(json.dumps(before | results, indent=1) + "\n")
@@ -353,8 +446,10 @@ def run(out: Path, cases: list[Case], rounds: int) -> None:
 
 def table(out: Path) -> None:
     """Markdown for the README."""
-    print("| same work, same batches | ratio | spread | goal / floor | memory | first step | equal results |")
-    print("|---|---|---|---|---|---|---|")
+    most = json.loads((out / "ceiling.json").read_text())
+    print("Ceiling: " + ", ".join(f"{kind} {rate:.0f}" for kind, rate in most.items()) + " GFLOP/s\n")
+    print("| same work, same batches | ratio | spread | goal / floor | memory | first step | share of the ceiling | equal results |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, r in json.loads((out / "bench.json").read_text()).items():
         equal = "" if r["apart"] is None else f"{r['apart']:.0e} apart (at most {r['equal']:.0e})"
         spread = f"{r['low']:.2f} to {r['high']:.2f}"
@@ -364,6 +459,7 @@ def table(out: Path) -> None:
             f"{r['goal']:g} / {r['floor']:g}",
             f"{r['memory']:.2f}",
             f"{r['start']:.2f}",
+            " / ".join(f"{share:.0%}" for share in r.get("share", [])),
             equal,
         ]
         print(f"| {name} | {' | '.join(cells)} |")
@@ -375,6 +471,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", help="only the cases that begin with one of these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--child")
     parser.add_argument("--out", default="runs/bench")
     options = parser.parse_args()
@@ -387,6 +484,9 @@ def main() -> int:
         print(json.dumps(child(out, json.loads(options.child))))
     elif options.table:
         table(out)
+    elif options.profile:
+        prepare(out)
+        profile(out)
     else:
         wanted = [c for c in CASES if not options.cases or any(c.name.startswith(w) for w in options.cases)]
         if importlib.util.find_spec("lightning") is None:
