@@ -17,11 +17,12 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.errors import RunError
 
+Content = bytes | Iterable[bytes | memoryview]
 CHUNK = 8 << 20  # bytes written between two looks of Python at its signals
 NEW, TRASH = ".new.", ".trash."  # how the names of half-made and half-deleted things begin
 
@@ -60,14 +61,31 @@ def require(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
-def put(descriptor: int, content: bytes) -> str:
+def put(descriptor: int, content: Content) -> str:
     """Write all of `content` in chunks; returns its sha256."""
-    digest, rest = hashlib.sha256(), memoryview(content)
-    while rest:
-        done = os.write(descriptor, rest[:CHUNK])
-        digest.update(rest[:done])
-        rest = rest[done:]
+    digest = hashlib.sha256()
+    for part in (content,) if isinstance(content, bytes) else gathered(content):
+        rest = memoryview(part)
+        while rest:
+            done = os.write(descriptor, rest[:CHUNK])
+            digest.update(rest[:done])
+            rest = rest[done:]
     return digest.hexdigest()
+
+
+def gathered(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview | bytearray]:
+    """The same bytes in fewer parts: small ones are put together up to a chunk."""
+    held = bytearray()
+    for part in parts:
+        if held and len(held) + len(part) > CHUNK:
+            yield held
+            held = bytearray()
+        if len(part) < CHUNK:
+            held += part
+        else:
+            yield part
+    if held:
+        yield held
 
 
 def sync_file(descriptor: int) -> None:
@@ -98,8 +116,8 @@ def sync_tree(folder: Path) -> None:
         (sync_directory if path.is_dir() else sync_path)(path)
 
 
-def write(path: Path, content: bytes) -> str:
-    """A file with `content`, synced; returns its sha256. OSError names the path."""
+def write(path: Path, content: Content) -> str:
+    """A file with `content`, bytes or parts one after the other, synced; returns its sha256. OSError names the path."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:

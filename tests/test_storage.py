@@ -1,5 +1,6 @@
 """What is saved stays saved: power loss, damage, a full disk, two owners. And mutants, to show that these laws have teeth."""
 
+import hashlib
 import json
 import os
 import random
@@ -214,10 +215,8 @@ def test_the_log_is_cut_where_the_checkpoint_says(memory: Path) -> None:
     assert log_is_rewound(memory)
 
 
-def manifest_first(folder: Path, contents: Iterator[tuple[str, bytes]]) -> None:
-    import hashlib
-
-    held = list(contents)
+def manifest_first(folder: Path, contents: Iterator[tuple[str, disk.Content]]) -> None:
+    held = [(file, content if isinstance(content, bytes) else b"".join(content)) for file, content in contents]
     facts = {file: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for file, content in held}
     disk.write(folder / "manifest.json", json.dumps(facts).encode())
     for file, content in held:
@@ -372,3 +371,25 @@ def test_going_on_with_other_data_or_another_model_is_refused_with_a_list(recipe
     assert f"torch: 1.0 -> {torch.__version__}" in note
     assert "threads: 7 -> " in note
     assert json.loads(Path("r/environment.json").read_text())["resumed"][0]["step"] == 6
+
+
+# -- safetensors, part by part ----------------------------------------------------------------------------------------
+
+
+def test_a_file_written_part_by_part_is_what_the_package_reads(tmp_path: Path) -> None:
+    """Every type, no dimension, none of a length, and views; the package's own reader finds each bit."""
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    given = {f"t.{kind}": (torch.randn(3, 5) * 9).to(kind) for kind in checkpoint.DTYPES}
+    given |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "turned": torch.randn(4, 6).T, "part": torch.randn(9)[2:5]}
+    path = tmp_path / "x.safetensors"
+    digest = disk.write(path, checkpoint.safetensors(given))
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    found = load_file(path)
+    assert found.keys() == given.keys()
+    for name, tensor in given.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    disk.write(path, checkpoint.safetensors({}))
+    assert load_file(path) == {}

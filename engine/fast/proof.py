@@ -48,6 +48,9 @@ class Proof:
             assert p.grad is not None, "the hook runs after the gradient is there"
             sums[p], p.grad = margins(p.grad), None
 
+        held = [p.grad for p in self.trains]  # a caller's own; added to, they would count as the probe's
+        for p in self.trains:
+            p.grad = None
         hooks = [p.register_post_accumulate_grad_hook(take) for p in self.trains]
         try:
             with eval_mode(self.model), torch.set_grad_enabled(bool(self.trains)), torch.backends.cudnn.flags(enabled=False):
@@ -57,6 +60,8 @@ class Proof:
         finally:
             for hook in hooks:
                 hook.remove()
+            for p, grad in zip(self.trains, held, strict=True):
+                p.grad = grad
         return y.detach(), [sums.get(p) for p in self.trains]
 
     def distance(self) -> tuple[float, str]:
