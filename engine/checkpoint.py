@@ -102,7 +102,7 @@ def safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
-        yield memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _write_files(folder: Path, contents: Iterator[tuple[str, disk.Content]]) -> None:
