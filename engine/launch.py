@@ -8,6 +8,7 @@ is that of the rank that failed first: 1 failed, 2 wrong input, 130 / 143 stoppe
 import logging
 import os
 import sys
+import tempfile
 
 LONGEST = 300  # seconds that a rank may take to finish its step and save after a signal, or to notice that another has failed
 
@@ -19,16 +20,24 @@ def main(arguments: list[str]) -> int:
         return 2
     count = int(arguments[0])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    import torch.distributed.run  # its loggers come with it
 
     for name in ("torch.distributed.run", "torch.distributed.elastic", "torch.distributed.launcher"):
         for logger in [name, *(n for n in logging.root.manager.loggerDict if n.startswith(name + "."))]:
             logging.getLogger(logger).setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="engine-ranks-") as folder:  # torchrun's own would stay where a rank fails
+        return launched(count, arguments[1:], folder)
+
+
+def launched(count: int, arguments: list[str], folder: str) -> int:
+    """Run the ranks, whose notes to torchrun go into `folder`; returns the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
     options = ["--standalone", f"--nproc-per-node={count}", f"--shutdown-timeout={LONGEST}", "--monitor-interval=0.1"]
     try:
-        run(parse_args([*options, "-m", "engine", *arguments[1:]]))
+        run(parse_args([*options, "--log-dir", folder, "-m", "engine", *arguments]))
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
