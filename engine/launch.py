@@ -20,7 +20,6 @@ def main(arguments: list[str]) -> int:
         return 2
     count = int(arguments[0])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    import torch.distributed.run  # its loggers come with it
 
     for name in ("torch.distributed.run", "torch.distributed.elastic", "torch.distributed.launcher"):
         for logger in [name, *(n for n in logging.root.manager.loggerDict if n.startswith(name + "."))]:
