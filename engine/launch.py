@@ -20,10 +20,6 @@ def main(arguments: list[str]) -> int:
         return 2
     count = int(arguments[0])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-
-    for name in ("torch.distributed.run", "torch.distributed.elastic", "torch.distributed.launcher"):
-        for logger in [name, *(n for n in logging.root.manager.loggerDict if n.startswith(name + "."))]:
-            logging.getLogger(logger).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="engine-ranks-") as folder:  # torchrun's own would stay where a rank fails
         return launched(count, arguments[1:], folder)
 
@@ -34,6 +30,9 @@ def launched(count: int, arguments: list[str], folder: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    for name in ("torch.distributed.run", "torch.distributed.elastic", "torch.distributed.launcher"):
+        for logger in [name, *(n for n in logging.root.manager.loggerDict if n.startswith(name + "."))]:
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
     options = ["--standalone", f"--nproc-per-node={count}", f"--shutdown-timeout={LONGEST}", "--monitor-interval=0.1"]
     try:
         run(parse_args([*options, "--log-dir", folder, "-m", "engine", *arguments]))
