@@ -22,6 +22,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Work:
     data: str = "sst2"  # or imdb
     rows: int = 8000
     length: int = 128
-    steps: int = 150
+    steps: int = 120
     predict: bool = False
 
 
@@ -215,7 +216,7 @@ evaluate: {{every: 1000000, bootstrap: 0}}
     made = load(str(recipe), [f"data.cache={out / 'cache'}", *overrides])
     if work.predict:
         return _predicted(made)
-    folder = out / f"run-{os.getpid()}"
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=out))
     finetune(made, str(folder))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     done = [r for r in log if r["event"] == "step"]
