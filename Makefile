@@ -36,7 +36,7 @@ finetune: $(VENV)/ready ## train, evaluate, report: RECIPE=bert_sentiment [SET="
 	@exec $(ENGINE) finetune "$${RECIPE:?name one: make finetune RECIPE=bert_sentiment}" $$SET $${OUT:+--out "$$OUT"} $(if $(OFFLINE),--offline)
 
 resume: $(VENV)/ready ## go on with a stopped run: RUN=runs/bert_sentiment/latest [NPROC=2]
-	@exec $(ENGINE) finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" --out "$$RUN" --resume
+	@exec $(ENGINE) finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" --out "$$RUN" --resume $(if $(ALLOW_CODE),--allow-code)
 
 check: $(VENV)/ready ## what would happen, and what looks wrong: RECIPE=
 	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET $(if $(OFFLINE),--offline)
@@ -45,13 +45,13 @@ layers: $(VENV)/ready ## every module, its shape, and what trains: RECIPE=
 	@exec $(BIN)/python -m engine layers "$${RECIPE:?name one: make layers RECIPE=bert_sentiment}" $$SET $(if $(OFFLINE),--offline)
 
 evaluate: $(VENV)/ready ## score a finished run: RUN=runs/bert_sentiment/latest [DATA=file]
-	@exec $(BIN)/python -m engine evaluate "$${RUN:?name one: make evaluate RUN=runs/bert_sentiment/latest}" $${DATA:+--data "$$DATA"} $$SET
+	@exec $(BIN)/python -m engine evaluate "$${RUN:?name one: make evaluate RUN=runs/bert_sentiment/latest}" $${DATA:+--data "$$DATA"} $$SET $(if $(ALLOW_CODE),--allow-code)
 
 predict: $(VENV)/ready ## predict: RUN=runs/bert_sentiment/latest TEXT="..." or INPUT=file
-	@exec $(BIN)/python -m engine predict "$${RUN:?name one: make predict RUN=runs/bert_sentiment/latest TEXT=...}" $${INPUT:+--input "$$INPUT"} $${TEXT:+--text "$$TEXT"}
+	@exec $(BIN)/python -m engine predict "$${RUN:?name one: make predict RUN=runs/bert_sentiment/latest TEXT=...}" $${INPUT:+--input "$$INPUT"} $${TEXT:+--text "$$TEXT"} $(if $(ALLOW_CODE),--allow-code)
 
 merge: $(VENV)/ready ## fold a run's adapter into plain weights: RUN=runs/bert_sentiment/latest [OUT=dir]
-	@exec $(BIN)/python -m engine merge "$${RUN:?name one: make merge RUN=runs/bert_sentiment/latest}" $${OUT:+--out "$$OUT"}
+	@exec $(BIN)/python -m engine merge "$${RUN:?name one: make merge RUN=runs/bert_sentiment/latest}" $${OUT:+--out "$$OUT"} $(if $(ALLOW_CODE),--allow-code)
 
 describe: $(VENV)/ready ## every recipe key: [KEY=train]
 	@exec $(BIN)/python -m engine describe $$KEY

@@ -61,6 +61,7 @@ def build() -> Parser:
             sub.add_argument("recipe", help="a name in recipes/, or a path")
             sub.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as train.epochs=1")
             sub.add_argument("--offline", action="store_true", help="use the recipe's offline: block")
+            sub.add_argument("--allow-code", action="store_true", help="of a run's recipe: run the layer code in its folder")
         return sub
 
     sub = verb(finetune, "train, evaluate, report")
@@ -98,7 +99,7 @@ def build() -> Parser:
 def _recipe(options: Any) -> Any:
     from engine.recipe import load
 
-    return load(options.recipe, options.overrides, offline=options.offline)
+    return load(options.recipe, options.overrides, offline=options.offline, allow_code=options.allow_code)
 
 
 def finetune(options: Any) -> int:

@@ -29,7 +29,7 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
     """
     folder = runs.locate(run)
     recipe = runs.recipe_of(folder, [], allow_code)
-    method = runs.method_of(folder, recipe, allow_code)
+    method = runs.method_of(folder, recipe)
     if not (folder / "adapter" / adapters.CONFIG).exists():
         raise InputError(f"{folder}: no adapter/: {recipe.tune.method} changes the model's own weights, and model/ holds them")
     where = f"{folder}/recipe.yaml: model.name"
@@ -43,7 +43,7 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
     model = loaded.model
     head = models.head_of(model, loaded.fresh)
     if recipe.swap:
-        swap.apply_rules(model, runs.stored_rules(folder, recipe, allow_code), recipe.where)
+        swap.apply_rules(model, runs.stored_rules(folder, recipe), recipe.where)
     adapters.put_in(model, method, recipe.tune, head)
     adapters.load(model, method, recipe.tune, adapters.read(folder / "adapter", str(folder)), head, str(folder))
     if shared is not None:

@@ -10,12 +10,12 @@ A folder counts as begun once recipe.yaml stands in it: that is the last file th
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine import disk, distributed, lock, runs
+from engine import disk, distributed, lock, runs, trust
 from engine.errors import InputError, RunError
 from engine.recipe import Recipe, load
 from engine.watch import read_log
@@ -106,7 +106,7 @@ def _state(recipe: Recipe, folder: Path, resume: bool, known: bool) -> Literal["
         if inside - (STARTED if known else {lock.NAME}):
             raise InputError(f"--out {folder}: it exists and is not empty; name another folder, or go on with --resume")
         return "new"
-    found = changes(load(str(folder / "recipe.yaml")).resolved(), recipe.resolved())
+    found = changes(load(str(folder / "recipe.yaml"), code=_code(recipe, folder)).resolved(), recipe.resolved())
     finished = any(record["event"] == "finished" for record in read_log(folder / "log.jsonl"))
     if finished and not found.keys() - IDLE:
         return "finished"
@@ -119,6 +119,18 @@ def _state(recipe: Recipe, folder: Path, resume: bool, known: bool) -> Literal["
             f"--out {folder}: it exists and is not empty: a run of this recipe; go on with --resume, or name another folder"
         )
     return "begun"
+
+
+def _code(recipe: Recipe, folder: Path) -> Callable[[str], str]:
+    """What to load for a method of the user's own that the folder's recipe names: the file of the recipe that was given."""
+
+    def code(spec: str) -> str:
+        if spec != recipe.tune.method:
+            raise InputError(f"{folder}: it holds a run of another recipe; it differs in\n  tune.method: {spec} -> {recipe.tune.method}")
+        own, name = recipe.code(spec), spec.rpartition(":")[2]
+        return f"{trust.source(own, (recipe.path.parent,))}:{name}" if own.rpartition(":")[0].endswith(".py") else own
+
+    return code
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> dict[tuple[str, ...], str]:

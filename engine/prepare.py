@@ -93,7 +93,7 @@ def prepare(
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
     loaded = base(recipe, task, folders, splits["train"].table.rows, cache, begun)
     head = models.head_of(loaded.model, loaded.fresh)
-    swapped = swap.apply_rules(loaded.model, recipe.swap, recipe.where, folders)
+    swapped = swap.apply_rules(loaded.model, recipe.rules(), recipe.where, folders)
     method, own, coverage = _tune(recipe, loaded, head, swapped, None if resumed else recipe.tune.start, notes)
     loaded.model.to(device)
     with distributed.first_alone():
@@ -221,7 +221,7 @@ def _tune(
     recipe: Recipe, loaded: models.Loaded, head: list[str], swapped: list[swap.Swapped], start: str | None, notes: list[str]
 ) -> tuple[Any, list[str], str]:
     """The method, applied: (method, the parameters that it added, coverage line)."""
-    method = find.method(recipe.tune.method, recipe.where("tune.method"), (recipe.path.parent,))
+    method = find.method(recipe.code(recipe.tune.method), recipe.where("tune.method"), (recipe.path.parent,))
     taken, longest = method.takes(recipe.tune) if hasattr(method, "takes") else 0, models.positions(loaded.model)[0]
     if longest and recipe.data.max_length + taken > longest:
         problem = f"{recipe.data.max_length} tokens and the {taken} of the prompt are more than this model's {longest} positions"

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
-from engine import find, override, yaml12
+from engine import find, override, trust, yaml12
 from engine.errors import InputError, listing, nearest, quoted
 from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Group, Model, Schema, SwapRule, Train, Tune
 
@@ -37,9 +37,12 @@ class Recipe:
     early_stopping: EarlyStopping | None
     checkpoint: Checkpoint
 
-    def __init__(self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], path: Path):
+    def __init__(
+        self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], path: Path, code: Callable[[str], str] = str
+    ):
         self.__dict__.update({name: getattr(values, name) for name in Schema.model_fields})
         self.raw, self.where, self.path = raw, where, path
+        self.code = code  # "file.py:Class" -> what is loaded for it (engine/trust.py)
         self.stand_in: dict[str, Any] = {}  # the `offline:` block, if it was used
         self.name = path.stem
 
@@ -54,6 +57,10 @@ class Recipe:
         """`resolved`, and the `offline:` block if its keys are among the values."""
         return self.resolved() | ({"offline": self.stand_in} if self.stand_in else {})
 
+    def rules(self) -> list[SwapRule]:
+        """The `swap` entries, with the code to load for each."""
+        return [rule.model_copy(update={"with_": self.code(rule.with_)}) for rule in self.swap]
+
     @property
     def way_out(self) -> str:
         """What to say where the hub cannot be reached: that the recipe has a stand-in."""
@@ -64,17 +71,26 @@ class Recipe:
 
     def with_tune(self, options: dict[str, Any]) -> "Recipe":
         """The same recipe with more options in its `tune` group."""
-        made = _check({**self.raw, "tune": {**(self.raw.get("tune") or {}), **options}}, [], self.where, self.path)
+        made = _check({**self.raw, "tune": {**(self.raw.get("tune") or {}), **options}}, [], self.where, self.path, self.code)
         made.stand_in = self.stand_in
         return made
 
 
-def load(name: str, overrides: list[str] | None = None, *, offline: bool = False, code: Callable[[str], str] = str) -> Recipe:
+def load(
+    name: str,
+    overrides: list[str] | None = None,
+    *,
+    offline: bool = False,
+    allow_code: bool = False,
+    code: Callable[[str], str] | None = None,
+) -> Recipe:
     """Read the recipe `name` (in recipes/, or a path), apply overrides, check all of it. Raises InputError.
 
-    A recipe whose `tune.method` is "file.py:Class" runs that file here; `code` may point it at another file, or refuse.
+    A recipe whose `tune.method` is "file.py:Class" runs that file here; `code` may point it at another file, or refuse. In a
+    run folder it points at the run's own copy, and refuses what engine/trust.py does not let run, without `allow_code`.
     """
     path = locate(name)
+    code = code or trust.code_of(path.parent, allow=allow_code)
     where_from = shown(path)
     if not NAME.fullmatch(path.stem):  # the run folder bears this name, so `...yaml`, whose stem is `..`, would lead out of runs/
         raise InputError(f"{where_from}: a recipe's file name has letters, digits and . _ - and begins with a letter or digit")
@@ -184,7 +200,7 @@ def _check(
     problems += _cross_checks(values, place)
     if problems:
         raise InputError(listing(problems))
-    return Recipe(values, raw, place, path)
+    return Recipe(values, raw, place, path, code)
 
 
 def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str], str]) -> str:

@@ -3,12 +3,10 @@
     recipe.yaml  environment.json  log.jsonl  metrics.json  predictions/  checkpoints/  model/  adapter/  layers/
     report.html  plots/  tokenizer.json (if it was trained)  .lock (its owner, engine/lock.py)  quarantine/ (damaged checkpoints)
 
-`layers/` holds a copy of the source of every custom layer. Opening a run rebuilds them, which runs that code; so it is
-run only when it is, byte for byte, the file that the recipe names on this machine, or with --allow-code.
+`layers/` holds a copy of the source of every custom layer. Opening a run rebuilds them, which runs that code: unasked only
+where engine/trust.py lets it, else with --allow-code.
 """
 
-import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import disk, distributed, find, vet, yaml12
+from engine import disk, distributed, find, trust, vet, yaml12
 from engine.errors import InputError
 from engine.recipe import Recipe, load
 
@@ -88,16 +86,16 @@ def _copied(spec: str, recipe: Recipe, folder: Path) -> dict[str, str]:
     source = _code_file(spec, recipe)
     with disk.refusing(folder, 0):
         disk.make(folder)
-    digest = _sha256(source)
+    digest = trust.sha256(source)
     copy = folder / source.name
-    if copy.exists() and _sha256(copy) != digest:
+    if copy.exists() and trust.sha256(copy) != digest:
         copy = folder / f"{source.stem}-{digest[:8]}.py"
     disk.replace(copy, source.read_bytes())
     return {"file": copy.name, "sha256": digest, "path": str(source.resolve())}
 
 
 def _code_file(spec: str, recipe: Recipe) -> Path:
-    source = _source(spec, (recipe.path.parent,))
+    source = trust.source(recipe.code(spec), (recipe.path.parent,))
     if source is None:
         raise InputError(f"no source file for {spec}")
     return source
@@ -105,7 +103,7 @@ def _code_file(spec: str, recipe: Recipe) -> Path:
 
 def code_sha256(recipe: Recipe) -> dict[str, str]:
     """What the recipe names as code -> sha256 of the file that defines it."""
-    return {spec: _sha256(_code_file(spec, recipe)) for spec in _specs(recipe)}
+    return {spec: trust.sha256(_code_file(spec, recipe)) for spec in _specs(recipe)}
 
 
 def environment(recipe: Recipe, device: str, sources: dict[str, str], model: dict[str, Any]) -> dict[str, Any]:
@@ -141,22 +139,6 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _source(spec: str, folders: tuple[Path, ...]) -> Path | None:
-    """The file that defines a custom layer here, found without running it."""
-    source = spec.rpartition(":")[0]
-    if source.endswith(".py"):
-        return find.locate(source, folders)
-    try:
-        found = importlib.util.find_spec(source)
-    except (ImportError, ValueError):
-        return None
-    return Path(found.origin) if found and found.origin else None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 @dataclass
 class Run:
     """A run, ready to be used."""
@@ -188,9 +170,9 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
         raise InputError(f"{folder / 'model'}: the tokenizer cannot be loaded: {str(error).strip()[:200]}") from error
     auto = getattr(transformers, task.auto_class)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-    method = method_of(folder, recipe, allow_code)
+    method = method_of(folder, recipe)
     if recipe.swap or getattr(method, "STAYS", False):
-        model = _rebuild(folder, recipe, method, auto, allow_code)
+        model = _rebuild(folder, recipe, method, auto)
     else:
         model = auto.from_pretrained(folder / "model", **options)
     metrics = json.loads((folder / "metrics.json").read_text("utf-8")) if (folder / "metrics.json").exists() else {}
@@ -204,7 +186,7 @@ def task_of(folder: Path, recipe: Recipe) -> Any:
     return task
 
 
-def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: bool) -> Any:
+def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any) -> Any:
     """A model with layers of its own: the plain architecture, the layers put in again as in training, then the weights."""
     import transformers
     from safetensors.torch import load_file
@@ -214,7 +196,7 @@ def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: b
     config = transformers.AutoConfig.from_pretrained(folder / "model", local_files_only=True)
     model = auto.from_config(config)
     if recipe.swap:
-        swap.apply_rules(model, stored_rules(folder, recipe, allow_code), recipe.where)
+        swap.apply_rules(model, stored_rules(folder, recipe), recipe.where)
     if getattr(method, "STAYS", False):
         getattr(method, "rebuild", method.apply)(model, recipe.tune, models.head_of(model, []))
     state = {name: t for file in sorted((folder / "model").glob("*.safetensors")) for name, t in load_file(file).items()}
@@ -226,43 +208,18 @@ def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any, allow_code: b
 
 
 def recipe_of(folder: Path, overrides: list[str] | None, allow_code: bool) -> Recipe:
-    """The run's own recipe. A method of the user's own is read from the copy in the run, if it may run."""
-    return load(str(folder / "recipe.yaml"), overrides, code=lambda spec: _stored(folder, spec, allow_code))
+    """The run's own recipe. The code that it names is the copy in the run, if it may run."""
+    return load(str(folder / "recipe.yaml"), overrides, code=trust.code_of(folder, allow=allow_code))
 
 
-def method_of(folder: Path, recipe: Recipe, allow_code: bool) -> Any:
+def method_of(folder: Path, recipe: Recipe) -> Any:
     """The run's tuning method; a class of the user's own comes from the copy in the run."""
-    name = recipe.tune.method
-    return find.method(_stored(folder, name, allow_code) if ":" in name else name, str(folder / "recipe.yaml"))
+    return find.method(recipe.code(recipe.tune.method), str(folder / "recipe.yaml"))
 
 
-def stored_rules(folder: Path, recipe: Recipe, allow_code: bool) -> list[Any]:
+def stored_rules(folder: Path, recipe: Recipe) -> list[Any]:
     """The recipe's swap entries, pointing at the run's own copies of the code, if that code may run."""
-    table = _table(folder)["swap"]
+    table = trust.table(folder)["swap"]
     if [(r["at"], r["with"]) for r in table] != [(r.at, r.with_) for r in recipe.swap]:
         raise InputError(f"{folder}: the recipe's swap table is not the one that this run was trained with")
-    return [rule.model_copy(update={"with_": _stored(folder, rule.with_, allow_code)}) for rule in recipe.swap]
-
-
-def _table(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "layers" / "swap.json").read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'layers' / 'swap.json'}: the table of the run's own code cannot be read: {error}") from error
-
-
-def _stored(folder: Path, spec: str, allow_code: bool) -> str:
-    """ "file.py:Class" -> the same class in the run's copy of the file, if it is unchanged and may run."""
-    entry = _table(folder)["code"].get(spec)
-    if entry is None:
-        raise InputError(f"{folder}: {spec} is not the code that this run was trained with")
-    copy, name = folder / "layers" / Path(entry["file"]).name, spec.rpartition(":")[2]
-    if not copy.is_file() or _sha256(copy) != entry["sha256"]:
-        raise InputError(f"{copy}: its sha256 is not the one noted at training; the file was changed")
-    here = [p for p in (_source(spec, (folder,)), Path(entry.get("path", "?"))) if p and p.is_file() and p != copy]
-    if not allow_code and entry["sha256"] not in [_sha256(p) for p in here]:
-        raise InputError(
-            f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...)."
-            " Read it first; then add --allow-code."
-        )
-    return f"{copy}:{name}"
+    return recipe.rules()

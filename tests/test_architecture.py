@@ -22,6 +22,7 @@ LEVELS = [
         "progress",
         "blocks",
         "lean",
+        "trust",
     },
     {"schema", "recipe", "override", "faults", "spans"},
     {"data", "swap", "metrics"},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeRecipe, StopAt
-from laws import logits
+from laws import CASES, logits
 
 from engine import adapters, bases, finetune, prepare, runs
 from engine.errors import InputError, RunError
@@ -16,6 +16,7 @@ from engine.predict import predict_run
 
 QUIET: dict[str, Any] = {"say": lambda line: None}
 FAST = ("train.max_steps=4", "train.learning_rate=3e-2")
+WHOLE = {"full", "last_n", "bitfit", "layernorm"}  # methods that train the model's own weights and leave no adapter
 
 
 def peft_config(kind: str) -> Any:
@@ -146,6 +147,28 @@ def test_merge_is_checked_and_loads_plainly(recipe: MakeRecipe, capsys: pytest.C
     finetune.finetune(recipe(*FAST), "whole", **QUIET)
     with pytest.raises(InputError, match="no adapter/"):
         bases.merge_run("whole", None)
+
+
+@pytest.mark.parametrize("case", [*(c for c, o in CASES.items() if o["method"] not in WHOLE), "pissa, rslora", "pissa, dora"])
+def test_opened_unmerged_a_run_computes_what_it_learnt(recipe: MakeRecipe, case: str) -> None:
+    """Base + adapter/ is the model/ that was trained; the base in it is the pretrained one, bit for bit."""
+    more = {"rslora": {"rslora": True}, "dora": {"dora": True}}
+    kind, _, also = case.partition(", ") if case not in CASES else (case, "", "")
+    tune = json.dumps({**CASES[kind], **more.get(also, {})})
+    finetune.finetune(recipe(f"tune={tune}", *FAST), "r", **QUIET)
+    unmerged, method = bases.open_unmerged("r")
+    learnt = logits(runs.open_run("r").model)
+    assert torch.allclose(logits(unmerged.model), learnt, atol=1e-5)
+    base = prepare.prepare(recipe("train.max_steps=1"), **QUIET).loaded.model
+    if "nf4" not in case and "int8" not in case and case != "qdora":
+        ours = {name.replace(".base.", "."): p for name, p in unmerged.model.named_parameters()}
+        assert all(torch.equal(ours[n], p) for n, p in base.named_parameters() if not n.startswith("classifier."))
+    if hasattr(method, "merge"):
+        adapters.merge(unmerged.model, method, bases.probe(unmerged.tokenizer, torch.device("cpu")))
+        assert torch.allclose(logits(unmerged.model), learnt, atol=1e-5)
+    with torch.no_grad():  # it was the adapter that did it: the trained head on the bare base says something else
+        base.classifier.load_state_dict(unmerged.model.classifier.state_dict())
+    assert not torch.allclose(logits(base), learnt, atol=1e-3)
 
 
 def test_a_merge_that_changes_the_outputs_is_refused(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

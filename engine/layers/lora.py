@@ -152,6 +152,16 @@ class LoRALinear(Around):
         made: dict[str, Tensor] = {"lora_A.weight": a, "lora_B.weight": b}
         return made if self.magnitude is None else {**made, "lora_magnitude_vector": self.magnitude}
 
+    @torch.no_grad()
+    def take_back(self, made: dict[str, Tensor]) -> None:
+        """What `for_peft` put together, filled by now, goes back into its parts; everything else was filled in place."""
+        if self.start_A is not None:
+            a, b = made["lora_A.weight"], made["lora_B.weight"]
+            self.lora_A.copy_(a[: self.r])
+            self.start_A.copy_(a[self.r :])
+            self.lora_B.copy_(b[:, : self.r])
+            self.start_B.copy_(-b[:, self.r :])
+
 
 class LoRAEmbedding(nn.Module):
     """A frozen nn.Embedding with a trainable low-rank update beside it. A starts at zero, B random, as in the peft package."""
@@ -180,3 +190,6 @@ class LoRAEmbedding(nn.Module):
     def for_peft(self) -> dict[str, Tensor]:
         """Tensors by the peft package's names."""
         return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+
+    def take_back(self, made: dict[str, Tensor]) -> None:
+        """Filled in place."""

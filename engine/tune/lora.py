@@ -143,4 +143,8 @@ def pattern_of(path: str, patterns: dict[str, Any], default: Any) -> Any:
 
 def load_peft(model: nn.Module, options: Options, tensors: dict[str, Tensor]) -> None:
     """Put peft's tensors in."""
-    load_named({f"{path}.{name}": t for path, m in adapted(model).items() for name, t in m.for_peft().items()}, tensors)
+    layers = adapted(model)
+    made = {path: m.for_peft() for path, m in layers.items()}
+    load_named({f"{path}.{name}": t for path, of_layer in made.items() for name, t in of_layer.items()}, tensors)
+    for path, m in layers.items():
+        m.take_back(made[path])
