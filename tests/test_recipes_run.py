@@ -117,7 +117,7 @@ def test_a_header_says_how_to_launch_what_to_expect_and_what_is_next(path: Path)
     # every override that a header offers is a valid one
     for line in header:
         if line[:7] in ("# Yours", "# Real ", "# Model") or line.startswith("#        "):
-            offered = re.findall(r"(?:^|\s)([a-z_]+(?:\.[a-z_]+)+=(?:\{[^}]*\}|\S+))", line)
+            offered = re.findall(r"(?:^|\s)([a-z_]+(?:\.[a-z_]+)+=\S+)", line)
             recipe.load(path.stem, [one.rstrip(".,;") for one in offered])
 
 
