@@ -27,7 +27,7 @@ $(if $(digits)$(filter 0%,$(value NPROC))$(word 2,$(value NPROC)),$(error NPROC 
 ENGINE := $(BIN)/python -m engine$(if $(filter-out 1,$(value NPROC)),.launch $(value NPROC))
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow prove laws bench bench-trainer bench-scale bench-safety bench-methods lint clean
+.PHONY: help finetune resume check layers evaluate predict merge describe recipes test test-slow prove laws bench bench-tasks bench-trainer bench-scale bench-safety bench-methods lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ laws: $(VENV)/ready-test ## every tuning method on every architecture: the READM
 
 bench-methods: $(VENV)/ready-test ## every tuning method on SST-2 (hours; needs ../shared/data)
 	@exec $(BIN)/python tests/bench_methods.py $(ARGS)
+
+bench-tasks: $(VENV)/ready-test ## every task beside Trainer: scores, intervals, times (ARGS="--only stsb,rte --rows 64"; needs ../shared/data)
+	@exec $(BIN)/python tests/bench_tasks.py $(ARGS)
 
 bench: $(VENV)/ready-test ## speed and memory beside Trainer, peft and Lightning, in ratios (an hour; needs ../shared/data)
 	@exec $(BIN)/python tests/bench.py $(ARGS)
