@@ -94,13 +94,9 @@ class Recipe:
 
 
 def load(
-    name: str,
-    overrides: list[str] | None = None,
-    *,
-    offline: bool = False,
-    allow_code: bool = False,
+    name: str, overrides: list[str] | None = None, *, offline: bool = False, allow_code: bool = False,
     code: Callable[[str], str] | None = None,
-) -> Recipe:
+) -> Recipe:  # fmt: skip
     """Read the recipe `name` (in recipes/, or a path), apply overrides, check all of it. Raises InputError.
 
     A recipe whose `tune.method` is "file.py:Class" runs that file here; `code` may point it at another file, or refuse. In a
@@ -149,11 +145,11 @@ def _home(path: Path) -> Home:
     """The home of the recipe in `path`; a run's recipe.yaml has environment.json beside it, which knows where the run came from."""
     try:
         noted = json.loads((path.parent / "environment.json").read_text("utf-8")) if path.name == "recipe.yaml" else {}
-        name, folders = noted["recipe"], [Path(folder) for folder in noted.get("folders", ())]
+        name = NAME.fullmatch(noted["recipe"])[0]  # type: ignore[index]  # no name: a TypeError
+        folders = [Path(folder) for folder in noted.get("folders", ())]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        name, folders = None, []
-    known = isinstance(name, str) and NAME.fullmatch(name)
-    return Home(path, name, (*folders, path.parent), path.parent) if known else Home(path, path.stem, (path.parent,))
+        return Home(path, path.stem, (path.parent,))
+    return Home(path, name, (*folders, path.parent), path.parent)
 
 
 def text_of(path: Path) -> str:
