@@ -28,7 +28,7 @@ def near(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", find.names("tasks"))
 def test_a_method_on_a_task(make: Make, task: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    given = make(task, f"tune={METHODS[method]}", "checkpoint.every=1", body="bert")
+    given = make(task, f"tune={METHODS[method]}", "checkpoint.every=1", "seed=14", body="bert")
     whole = finetune(given, "whole", **QUIET)
     assert finetune(given, "r", interrupted=StopAt("r", 1), **QUIET).code == 130
     resumed = finetune(recipe.load("r/recipe.yaml"), "r", resume=True, **QUIET)
