@@ -61,8 +61,8 @@ def save(model: Any, folder: Path, method: Any, options: Any, head: list[str], o
         made = None
     beside = {n for n, p in model.named_parameters() if p.requires_grad and n not in own and not _under(n, head)}
     modules = head + sorted({name.rpartition(".")[0] for name in beside})
-    whole = {
-        f"{path}.{name}": p for path in modules for name, p in model.get_submodule(path).named_parameters(recurse=path in head)
+    whole = {  # each parameter at its first path: a decoder that is tied to the embeddings is the base's, not the head's
+        n: p for n, p in model.named_parameters() if n not in own and (_under(n, head) or n.rpartition(".")[0] in modules)
     }
     common = {
         "base_model_name_or_path": base["name"], "revision": base["revision"], "task_type": base["task_type"],
@@ -173,7 +173,7 @@ def load(model: Any, method: Any, options: Any, adapter: Adapter, head: list[str
 
     A head of another size, that is for other labels, stays fresh. Whatever else does not fit is an error.
     """
-    parameters = dict(model.named_parameters())
+    parameters, tied = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
     left, taken, fresh = {}, 0, []
     for name, tensor in adapter.tensors.items():
         if name in parameters and parameters[name].shape == tensor.shape:
@@ -181,6 +181,8 @@ def load(model: Any, method: Any, options: Any, adapter: Adapter, head: list[str
             taken += 1
         elif name in parameters and _under(name, head):
             fresh.append(name)
+        elif name in tied and torch.equal(tied[name], tensor):
+            taken += 1
         else:
             left[name] = tensor
     if left and (adapter.own_names or not hasattr(method, "load_peft")):

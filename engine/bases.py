@@ -35,7 +35,7 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
     where = f"{folder}/recipe.yaml: model.name"
     task = runs.task_of(folder, recipe)
     loaded = prepare.base(recipe, task, (folder,), [], None, folder)
-    noted = json.loads((folder / "environment.json").read_text("utf-8"))["model"]["sha256"]
+    noted = base_of(folder)[0]
     if loaded.sha256 != noted:
         raise InputError(
             f"{where}: {loaded.source.folder} is not the base of this run: sha256 {loaded.sha256[:12]}..., not {noted[:12]}..."
@@ -49,6 +49,12 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
     if shared is not None:
         share(model, shared)
     return runs.Run(folder, recipe, task, model.eval(), loaded.tokenizer, {}), method
+
+
+def base_of(folder: Path) -> tuple[str, str]:
+    """(sha256, name) of the model that a run was trained on, as noted then."""
+    about = json.loads((folder / "environment.json").read_text("utf-8"))["model"]
+    return about["sha256"], str(about["name"])
 
 
 def share(model: nn.Module, table: dict[str, nn.Parameter]) -> None:

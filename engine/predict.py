@@ -106,9 +106,16 @@ def _several(folders: list[str], allow_code: bool) -> dict[str, runs.Run]:
     from engine import bases
 
     shared: dict[str, Any] = {}
-    opened = {}
+    opened: dict[str, runs.Run] = {}
     for folder in folders:
         run, _ = bases.open_unmerged(folder, shared, allow_code=allow_code)
+        first = next(iter(opened.values()), run)
+        (ours, base), (theirs, other) = bases.base_of(first.folder), bases.base_of(run.folder)
+        if ours != theirs:
+            raise InputError(
+                f"--also {folder}: its base model is {other} (sha256 {theirs[:12]}...), that of {first.folder} is {base} ({ours[:12]}...);"
+                f" runs are held together on one base. Ask it alone: predict {folder}"
+            )
         opened[str(run.folder)] = run
     every = [p for run in opened.values() for p in run.model.parameters()]
     held = sum(p.numel() for p in {id(p): p for p in every}.values())

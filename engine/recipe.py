@@ -237,7 +237,9 @@ def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str
     parts: list[str] = []  # the location without the names that pydantic adds for members of a union
     for part in error["loc"]:
         inside = (isinstance(given, dict) and part in given) or (isinstance(given, list) and isinstance(part, int))
-        if inside:
+        if part == "[key]":  # of a mapping, it is the key that is wrong
+            given = parts.pop()
+        elif inside:
             given = given[part] if not isinstance(given, list) or part < len(given) else None
             parts.append(str(part))
         elif error["type"] == "missing":
@@ -260,6 +262,8 @@ def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str
         "model_type": "a group of keys is needed",
         "int_from_float": "a whole number is needed",
         "finite_number": "a finite number is needed",
+        "too_short": "a list that names something is needed" if given == [] else message,
+        "string_too_short": "a name is needed, or no such key",
     }.get(kind, message[0].lower() + message[1:])
     return f"{where(key)}: {shown_key}: {message}, not {quoted(given)}"
 

@@ -7,7 +7,7 @@ the stages of a run, in order. A tuning method adds the options that stand besid
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Group(BaseModel):
@@ -18,6 +18,12 @@ class Group(BaseModel):
 
 def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _pattern(value: str) -> str:
+    if not value.strip():
+        raise ValueError("a pattern that can match something is needed, such as `**` for everything")
+    return value
 
 
 def _validation(value: Any) -> Any:
@@ -45,6 +51,8 @@ def _timetable(value: Any) -> Any:
         if value <= 0:
             raise ValueError("write a list of {after, train}, or a number of epochs above 0")
         return float(value)
+    if value == []:
+        raise ValueError("write a list of {after, train}, or a number of epochs above 0; leave the key out to unfreeze nothing")
     return value
 
 
@@ -58,7 +66,8 @@ def _warmup(value: Any) -> Any:
 Files = Annotated[
     list[str], BeforeValidator(_one_or_many), Field(min_length=1), "file, list of files, or hub:OWNER/NAME[/CONFIG]#SPLIT"
 ]
-Patterns = Annotated[list[str], BeforeValidator(_one_or_many), Field(min_length=1), "path pattern or list of them"]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Patterns = Annotated[list[Pattern], BeforeValidator(_one_or_many), Field(min_length=1), "path pattern or list of them"]
 Rhythm = Annotated[int | str, BeforeValidator(_rhythm), "epoch or a number of steps"]
 
 
@@ -176,7 +185,7 @@ class Tune(Group):
 
     method: str = Field("full", description="A file in engine/tune/ (full, last_n, lora, adapter, ...), or file.py:Class.")
     start: str | None = Field(
-        None, description="Begin from this trained adapter: a run, or a folder in peft's or adapter-hub's layout."
+        None, min_length=1, description="Begin from this trained adapter: a run, or a folder in peft's or adapter-hub's layout."
     )
     freeze: Patterns | None = Field(None, description="Parameter paths to freeze besides, such as **.embeddings.**.")
     train: Patterns | None = Field(None, description="Parameter paths to train besides; comes after freeze.")
@@ -185,7 +194,7 @@ class Tune(Group):
         description="Gradual unfreezing: a timetable, or E: the head first, then one more block from the top every E epochs.",
     )
     layer_decay: float = Field(1.0, gt=0, le=1, description="Each lower block learns this many times as fast as the one above.")
-    rates: dict[str, float] = Field(
+    rates: dict[Pattern, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         default_factory=dict, description="Parameter path pattern -> factor of the learning rate there; factors multiply."
     )
 
@@ -218,7 +227,7 @@ class Train(Group):
     )
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")
     eps: float = Field(1e-8, gt=0, description="AdamW's term against division by zero.")
     warmup: Annotated[float | int, BeforeValidator(_warmup), "fraction of all steps, or a number of steps"] = Field(
         0.06, description="Linear rise of the learning rate."

@@ -181,7 +181,7 @@ def _short(module: nn.Module) -> str:
 
 # -- a recipe's own layers --------------------------------------------------------------------------------------------
 
-# constructor arguments that are filled in from the old module's attributes of the same name
+# constructor arguments that are filled in from the old module's attributes of the same name; `_filled` says which others are
 SIZES = ("in_features", "out_features", "normalized_shape", "num_embeddings", "embedding_dim", "hidden_size", "eps")
 
 
@@ -193,7 +193,7 @@ def apply_rules(model: nn.Module, rules: list[Any], where: Callable[[str], str],
         layer = load_class(rule.with_, f"{key}.with", folders)
         if not issubclass(layer, nn.Module):
             raise InputError(f"{key}.with: {rule.with_} is no torch.nn.Module; derive the class from it")
-        build = _builder(layer, rule.options, key)
+        build = _builder(layer, rule.options, key, getattr(model, "config", None))
         done += swap(
             model, rule.at, build, where=f"{key}.at", weights="keep" if rule.weights == "keep" else "own", expect=rule.expect
         )
@@ -261,25 +261,53 @@ def probe(model: nn.Module, swapped: list[Swapped], batch: dict[str, torch.Tenso
             hook.remove()
 
 
-def _builder(layer: type, options: dict[str, Any], key: str) -> Build:
-    """from_old(old, **options) where the class has it; else the constructor, sizes filled in from the old module."""
+def _builder(layer: type, options: dict[str, Any], key: str, config: Any = None) -> Build:
+    """from_old(old, **options) where the class has it; else the constructor, with what `_filled` finds for its arguments."""
     own = hasattr(layer, "from_old")
-    if own:
-        maker = layer.from_old  # type: ignore[attr-defined]
-        bound = list(inspect.signature(maker).parameters)[1:]
-    else:
-        maker = layer
-        bound = list(inspect.signature(layer).parameters)
-
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(maker).parameters.values())
-    for name in options:
-        if name not in bound and not takes_any:
-            raise InputError(f"{key}.options.{name}: {layer.__name__} takes no '{name}'{nearest(name, bound)}")
+    if own and not isinstance(inspect.getattr_static(layer, "from_old"), classmethod | staticmethod):
+        raise InputError(f"{key}.with: {layer.__name__}.from_old is called on the class: write @classmethod above its def")
+    maker = layer.from_old if own else layer  # type: ignore[attr-defined]
+    name = f"{layer.__name__}.from_old" if own else layer.__name__
+    takes = list(inspect.signature(maker).parameters.values())[1 if own else 0 :]
+    named = {p.name: p for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for option in options:
+        if option not in named and not any(p.kind is p.VAR_KEYWORD for p in takes):
+            raise InputError(f"{key}.options.{option}: {layer.__name__} takes no '{option}'{nearest(option, named)}")
 
     def build(old: nn.Module, path: str) -> nn.Module:
-        if own:
-            return maker(old, **options)  # type: ignore[no-any-return]
-        sizes = {n: getattr(old, n) for n in bound if n in SIZES and n not in options and hasattr(old, n)}
-        return maker(**sizes, **options)  # type: ignore[no-any-return]
+        found = {} if own else _filled(named, old, config)
+        lacking = [n for n, p in named.items() if p.default is p.empty and n not in found and n not in options]
+        if lacking:
+            given = ", ".join(f"{n}: ..." for n in [*options, *lacking])
+            why = "" if own else f": neither {path} (a {type(old).__name__}) nor the model's config has one of that name"
+            cure = f"give it in the recipe: options: {{{given}}}"
+            other = "" if own else f"; or give {layer.__name__} a classmethod from_old(cls, old) that makes it out of the old module"
+            raise InputError(f"{key}.options: {name} needs '{lacking[0]}'{why}; {cure}{other}")
+        args = (old,) if own else ()
+        return maker(*args, **{**found, **options})  # type: ignore[no-any-return]
 
     return build
+
+
+def _filled(named: dict[str, inspect.Parameter], old: nn.Module, config: Any) -> dict[str, Any]:
+    """Arguments of a constructor by their names: `old`, `config`, sizes of the old module, then of the model's config.
+
+    A module without sizes of its own has those of its first (in_features) and last (out_features) linear layer. What has a
+    default is filled in only where it is a size or `eps`: a rate of dropout, for instance, is the class's own choice.
+    """
+    linear = [m for m in old.modules() if isinstance(m, nn.Linear)]
+    inside = {"in_features": linear[0].in_features, "out_features": linear[-1].out_features} if linear else {}
+    made: dict[str, Any] = {}
+    for name, parameter in named.items():
+        required = parameter.default is parameter.empty
+        if name in ("old", "config") and required:
+            made |= {"old": {"old": old}, "config": {"config": config} if config is not None else {}}[name]
+        elif name in SIZES and hasattr(old, name):
+            made[name] = getattr(old, name)
+        elif name in inside:
+            made[name] = inside[name]
+        elif required or name.endswith("_size"):
+            value = getattr(config, name, None)
+            if isinstance(value, int | float | str):
+                made[name] = value
+    return made

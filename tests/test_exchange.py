@@ -181,6 +181,39 @@ def test_a_merge_that_changes_the_outputs_is_refused(recipe: MakeRecipe, monkeyp
     assert (Path("r/adapter") / adapters.WEIGHTS).exists()  # nothing that was learnt is lost
 
 
+def test_a_head_that_is_tied_to_the_embeddings_leaves_them_to_the_base(bert: Path, tmp_path: Path) -> None:
+    """adapter/ of a masked language model holds the head without the decoder's weight; one that holds it, the same, is read."""
+    from laws import apply
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForMaskedLM
+
+    def tuned() -> Any:
+        model = AutoModelForMaskedLM.from_pretrained(bert).eval()
+        return (model, *apply(model, "lora"))
+
+    model, method, options = tuned()
+    own = [n for n, _ in model.named_parameters() if "lora_" in n]
+    with torch.no_grad():
+        model.cls.predictions.transform.dense.weight.add_(0.1)
+    folder = tmp_path / "adapter"
+    adapters.save(model, folder, method, options, ["cls"], own, {"name": "x", "revision": None, "task_type": None})
+    held = load_file(folder / adapters.WEIGHTS)
+    assert "base_model.model.cls.predictions.transform.dense.weight" in held
+    decoder = "base_model.model.cls.predictions.decoder.weight"
+    assert decoder not in held
+    for extra, fits in (({}, True), ({decoder: model.get_input_embeddings().weight.detach()}, True), ({decoder: torch.ones(62, 32)}, False)):
+        save_file({n: t.clone() for n, t in {**held, **extra}.items()}, folder / adapters.WEIGHTS)
+        again, method, options = tuned()
+        base = again.get_input_embeddings().weight.clone()
+        if fits:
+            adapters.load(again, method, options, adapters.read(folder, "here"), ["cls"], "here")
+            assert torch.equal(logits(again), logits(model))
+        else:
+            with pytest.raises(InputError, match="cls.predictions.decoder.weight"):
+                adapters.load(again, method, options, adapters.read(folder, "here"), ["cls"], "here")
+        assert torch.equal(again.get_input_embeddings().weight, base)
+
+
 def test_several_runs_answer_on_one_base(recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
     tunes = {"a": "{method: lora, r: 3}", "b": "{method: lora, r: 2, dora: true}", "c": "{method: adapter, reduction: 4}"}
     for name, tune in tunes.items():
@@ -208,6 +241,18 @@ def test_several_runs_answer_on_one_base(recipe: MakeRecipe, capsys: pytest.Capt
     finetune.finetune(recipe(*FAST), "whole", **QUIET)
     with pytest.raises(InputError, match="no adapter/"):
         bases.open_unmerged("whole")
+
+
+def test_runs_of_two_bases_are_not_held_as_one(recipe: MakeRecipe, still_bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(still_bert, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({n: t + 0.01 for n, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    finetune.finetune(recipe("tune={method: lora, r: 3}", *FAST), "r", **QUIET)
+    finetune.finetune(recipe("tune={method: lora, r: 3}", *FAST, model=other), "s", **QUIET)
+    with pytest.raises(InputError, match=r"--also s: its base model is .*other .sha256 .* that of r is .*bert.*Ask it alone: predict s"):
+        predict_run("r", ["a good film"], None, None, [], also=["s"])
 
 
 def test_another_base_is_refused(recipe: MakeRecipe, bert: Path, tmp_path: Path) -> None:

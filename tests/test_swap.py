@@ -172,6 +172,77 @@ def test_wrong_rules_are_errors_that_show_the_fix(recipe: MakeRecipe, layer_file
     assert not Path("r").exists()
 
 
+FILLED = """
+from torch import nn
+
+
+class Ffn(nn.Module):
+    def __init__(self, hidden_size, intermediate_size=7, hidden_act='gelu', hidden_dropout_prob=0.25, *, gain=1.0, **more):
+        super().__init__()
+        assert not more
+        self.dense, self.rest = nn.Linear(hidden_size, intermediate_size), (hidden_act, hidden_dropout_prob, gain)
+
+    def forward(self, x):
+        return self.dense(x).relu()
+
+
+class Around(nn.Module):
+    def __init__(self, old, in_features, out_features, config):
+        super().__init__()
+        self.old, self.sizes = old, (in_features, out_features, config.hidden_size)
+
+    def forward(self, x):
+        return self.old(x)
+
+
+class Needy(nn.Module):
+    def __init__(self, hidden_size, width):
+        super().__init__()
+
+
+class Old(nn.Module):
+    @classmethod
+    def from_old(cls, old, width):
+        return cls()
+
+
+class Plain(nn.Module):
+    def from_old(self, old):
+        return self
+"""
+
+
+def filled(recipe: MakeRecipe, files: Path, layer: str, options: str = "{}") -> nn.Module:
+    from engine import prepare
+
+    (files / "fill.py").write_text(FILLED)
+    rule = f"swap=[{{at: '**.intermediate', with: 'fill.py:{layer}', options: {options}}}]"
+    return prepare.prepare(recipe(rule), **QUIET).loaded.model.bert.encoder.layer[1].intermediate
+
+
+def test_arguments_come_from_the_old_module_and_the_models_config(recipe: MakeRecipe, files: Path) -> None:
+    """By their names; a size even where the class has a default, anything else only where it has none; options before all."""
+    made = filled(recipe, files, "Ffn")
+    assert made.dense.weight.shape == (64, 32)
+    assert made.rest == ("gelu", 0.25, 1.0)
+    assert filled(recipe, files, "Ffn", "{gain: 2.0, hidden_act: silu}").rest == ("silu", 0.25, 2.0)
+    assert filled(recipe, files, "Around").sizes == (32, 64, 32)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("Needy", r"swap.0.options: Needy needs 'width': neither bert.encoder.layer.0.intermediate \(a BertIntermediate\) nor the"
+         r" model's config has one of that name; give it in the recipe: options: {width: ...}; or give Needy a classmethod from_old"),
+        ("Old", r"swap.0.options: Old.from_old needs 'width'; give it in the recipe: options: {width: ...}"),
+        ("Plain", r"swap.0.with: Plain.from_old is called on the class: write @classmethod above its def"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_is_lacking_is_named_with_the_fix(recipe: MakeRecipe, files: Path, layer: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        filled(recipe, files, layer)
+
+
 BAD = """
 import torch
 from torch import nn

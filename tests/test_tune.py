@@ -106,6 +106,30 @@ def test_wrong_options_are_errors(recipe: MakeRecipe, options: str, said: str) -
     assert not Path("r").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("{method: lora, r: 0}", "tune.r: "), ("{method: lora, r: 65}", "tune.r: 65 is more than .* wide .32 x 32.; a rank is far smaller"),
+        ("{method: lora, r_pattern: {'**.query': -2}}", "tune.r_pattern.\\*\\*.query: "),
+        ("{method: lora, r_pattern: {'**.query': 90}}", "tune.r_pattern: 90 is more than"),
+        ("{method: lora, alpha: 0}", "tune.alpha: "), ("{method: lora, alpha: 1e30}", "tune.alpha: "),
+        ("{method: lora, alpha_pattern: {'**.query': 0}}", "tune.alpha_pattern.\\*\\*.query: "),
+        ("{method: lora, alpha_pattern: {'': 4}}", "tune.alpha_pattern: a pattern that can match something is needed.*, not ''"),
+        ("{method: lora, dropout: 1}", "tune.dropout: "), ("{method: lora, b_rate: -1}", "tune.b_rate: "),
+        ("{method: lora, at: ''}", "tune.at: a pattern that can match something is needed"),
+        ("{method: lora, at: []}", "tune.at: a list that names something is needed"),
+        ("{method: ia3, at: [' ']}", "tune.at.0: a pattern that can"), ("{freeze: ['']}", "tune.freeze.0: a pattern that can"),
+        ("{unfreeze: []}", "tune.unfreeze: write a list"), ("{unfreeze: [{after: 1, train: ''}]}", "tune.unfreeze.0.train: a pattern"),
+        ("{rates: {'**': 0}}", "tune.rates.\\*\\*: "), ("{start: ''}", "tune.start: a name is needed"),
+        ("{method: adapter, reduction: 64}", "tune.reduction: 64 leaves nothing of the hidden size 32"),
+        ("{method: compacter, reduction: 64}", "tune.reduction: 64 leaves nothing"), ("{method: prefix, length: 100000}", "tune.length: "),
+    ],
+)  # fmt: skip
+def test_numbers_and_patterns_without_sense_are_refused_by_their_key(recipe: MakeRecipe, options: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        prepare.prepare(recipe(f"tune={options}"), say=lambda line: None)
+
+
 def test_patterns_freeze_and_train_besides(recipe: MakeRecipe) -> None:
     def training(options: str) -> set[str]:
         model = prepare.prepare(recipe(options), say=lambda line: None).loaded.model

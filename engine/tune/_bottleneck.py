@@ -85,6 +85,13 @@ def width_of(base: nn.Module, path: str, form: Form) -> int:
     return shape_of(linear[-1], path)[0]
 
 
+def narrowed(width: int, reduction: int) -> int:
+    """The bottleneck's size; nothing left of the hidden size is an InputError."""
+    if reduction > width:
+        raise InputError(f"tune.reduction: {reduction} leaves nothing of the hidden size {width}; write at most {width}")
+    return width // reduction
+
+
 def check_activation(name: str) -> None:
     """An activation that transformers does not know is an InputError."""
     if name not in ACT2FN:

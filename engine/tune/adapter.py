@@ -26,7 +26,7 @@ from engine.errors import InputError
 from engine.freeze import train_only
 from engine.schema import Patterns, Tune
 from engine.swap import swap
-from engine.tune._bottleneck import Form, Site, check_activation, places, width_of
+from engine.tune._bottleneck import Form, Site, check_activation, narrowed, places, width_of
 
 STAYS = True  # a bottleneck does not fold into a plain weight: the saved model keeps its layers
 
@@ -89,7 +89,9 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
     form, scaling = form_of(options), scaling_of(options)
 
     def build(old: nn.Module, path: str) -> nn.Module:
-        return Adapter(old, form, width_of(old, path, form), options.reduction, options.activation, scaling)
+        width = width_of(old, path, form)
+        narrowed(width, options.reduction)
+        return Adapter(old, form, width, options.reduction, options.activation, scaling)
 
     where = "tune.after: norm" if form == "norm" and not options.at else "tune.at"
     done = swap(model, options.at or places(options.placement, form), build, where=where)

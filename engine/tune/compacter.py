@@ -22,7 +22,7 @@ from engine.errors import InputError
 from engine.freeze import train_only
 from engine.schema import Patterns, Tune
 from engine.swap import swap
-from engine.tune._bottleneck import Site, check_activation, places, width_of
+from engine.tune._bottleneck import Site, check_activation, narrowed, places, width_of
 
 STAYS = True  # a bottleneck does not fold into a plain weight: the saved model keeps its layers
 
@@ -95,7 +95,7 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
     def build(old: nn.Module, path: str) -> nn.Module:
         nonlocal first
         width = width_of(old, path, "projection")
-        narrow = max(1, width // options.reduction)
+        narrow = narrowed(width, options.reduction)
         if width % options.n or narrow % options.n:
             raise InputError(
                 f"tune.n: {options.n} must divide the hidden size {width} and the bottleneck {narrow}"

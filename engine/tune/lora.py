@@ -5,7 +5,7 @@ The layer, its formula and its drawing are in engine/layers/lora.py. Variants: r
 
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -15,29 +15,32 @@ from engine.freeze import train_only
 from engine.layers import quantized
 from engine.layers._around import load_named, replaced, shape_of
 from engine.layers.lora import LoRAEmbedding, LoRALinear
-from engine.schema import Patterns, Tune
+from engine.schema import Pattern, Patterns, Tune
 from engine.swap import matches, swap
 
 PEFT_TYPE = "LORA"
 # the query and value projections under the names that transformers' architectures give them
 ATTENTION = "**.{query,value,q_proj,v_proj,q_lin,v_lin,query_proj,value_proj,q,v,c_attn,Wqkv}"
 
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
+
 
 class Options(Tune):
     """Low-rank updates beside frozen linear layers."""
 
     at: Patterns = Field([ATTENTION], description="Paths of linear layers or embeddings to adapt; query and value by default.")
-    r: int = Field(8, ge=1, description="Rank of the update.")
-    alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
+    r: Rank = Field(8, description="Rank of the update.")
+    alpha: Alpha = Field(16, description="The update is scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the update's input.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead.")
     dora: bool = Field(False, description="Learn length and direction of each weight row apart.")
-    b_rate: float = Field(1.0, gt=0, description="LoRA+: the learning rate of B over that of A.")
+    b_rate: float = Field(1.0, gt=0, le=1e6, description="LoRA+: the learning rate of B over that of A.")
     init: Literal["zero", "pissa"] = Field("zero", description="B from zero, or both from the weight's principal part (PiSSA).")
-    r_pattern: dict[str, int] = Field(default_factory=dict, description="Path pattern -> rank of the layers it matches.")
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
+    r_pattern: dict[Pattern, Rank] = Field(default_factory=dict, description="Path pattern -> rank of the layers it matches.")
+    alpha_pattern: dict[Pattern, Alpha] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
     quantize: Literal["nf4", "int8"] | None = Field(None, description="QLoRA: hold frozen weights of the blocks in 4 or 8 bits.")
-    block: int = Field(64, ge=2, multiple_of=2, description="nf4: so many weights share a scale.")
+    block: int = Field(64, ge=2, le=4096, multiple_of=2, description="nf4: so many weights share a scale.")
     double_quant: bool = Field(True, description="nf4: quantise the scales too.")
 
 
@@ -57,7 +60,10 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
         if type(old) is nn.Embedding:
             _check_embedding(model, old, path, options)
             return LoRAEmbedding(old, r, alpha, options.rslora)
-        shape_of(old, path)
+        out, wide, _ = shape_of(old, path)
+        if r > max(out, wide) and not options.start:  # what another trained, PiSSA's twice the rank for instance, may be higher
+            key = "tune.r_pattern" if any(matches(p, path) for p in options.r_pattern) else "tune.r"
+            raise InputError(f"{key}: {r} is more than {path} is wide ({out} x {wide}); a rank is far smaller, such as 8")
         base = quantized.QuantizedLinear.from_old(old, *how) if options.quantize else old
         return LoRALinear(base, r, alpha, options.dropout, options.rslora, options.dora, options.init == "pissa")
 

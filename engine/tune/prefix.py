@@ -47,7 +47,7 @@ NAME = "prefix_sdpa"
 class Options(Tune):
     """Length and reparametrisation."""
 
-    length: int = Field(16, ge=1, description="Trained positions before the keys and values of each attention.")
+    length: int = Field(16, ge=1, le=4096, description="Trained positions before the keys and values of each attention.")
     reparametrize: bool = Field(False, description="Make the prefix by a small network while it trains.")
     bottleneck: int = Field(512, ge=1, description="Width of that network.")
 

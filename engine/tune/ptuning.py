@@ -26,7 +26,7 @@ PEFT_TYPE = "P_TUNING"
 class Options(Tune):
     """Length of the prompt and shape of the network."""
 
-    length: int = Field(16, ge=1, description="Vectors before the text; they take this many positions of the model's.")
+    length: int = Field(16, ge=1, le=4096, description="Vectors before the text; they take this many positions of the model's.")
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="The network that makes the prompt.")
     encoder_size: int | None = Field(None, ge=1, description="Its inner width; by default that of the embeddings.")
     encoder_layers: int = Field(2, ge=1, description="Layers of the LSTM.")
