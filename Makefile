@@ -35,8 +35,8 @@ help: ## list the targets
 finetune: $(VENV)/ready ## train, evaluate, report: RECIPE=bert_sentiment [SET="train.epochs=1"] [OUT=dir] [OFFLINE=1] [NPROC=2]
 	@exec $(ENGINE) finetune "$${RECIPE:?name one: make finetune RECIPE=bert_sentiment}" $$SET $${OUT:+--out "$$OUT"} $(if $(OFFLINE),--offline)
 
-resume: $(VENV)/ready ## go on with a stopped run: RUN=runs/bert_sentiment/latest [NPROC=2]
-	@exec $(ENGINE) finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" --out "$$RUN" --resume $(if $(ALLOW_CODE),--allow-code)
+resume: $(VENV)/ready ## go on with a stopped run: RUN=runs/bert_sentiment/latest [SET="train.epochs=9"] [NPROC=2]
+	@exec $(ENGINE) finetune "$${RUN:?name one: make resume RUN=runs/bert_sentiment/latest}/recipe.yaml" $$SET --out "$$RUN" --resume $(if $(ALLOW_CODE),--allow-code)
 
 check: $(VENV)/ready ## what would happen, and what looks wrong: RECIPE=
 	@exec $(BIN)/python -m engine check "$${RECIPE:?name one: make check RECIPE=bert_sentiment}" $$SET $(if $(OFFLINE),--offline)

@@ -159,7 +159,7 @@ def started(recipe: Recipe) -> Recipe:
     if not recipe.tune.start or set(type(recipe.tune).model_fields) <= set(given):
         return recipe
     where = f"{recipe.where('tune.start')}: tune.start"
-    adapter = read(locate(recipe.tune.start, where, (recipe.path.parent,)), where)
+    adapter = read(locate(recipe.tune.start, where, recipe.folders), where)
     for key, value in {"method": adapter.method, **adapter.options}.items():
         if key in given and given[key] != value:
             raise recipe.error(f"tune.{key}", f"{given[key]} here, but {value} in the adapter {adapter.folder}; leave it out")

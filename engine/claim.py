@@ -66,7 +66,7 @@ def own(recipe: Recipe, out: str | None, resume: bool) -> Iterator[Claim]:
 @contextlib.contextmanager
 def _own(recipe: Recipe, out: str | None, resume: bool) -> Iterator[Claim]:
     if resume:
-        folder = runs.locate(out or str(Path("runs") / recipe.name))
+        folder = runs.locate(out or str(recipe.home.run or Path("runs") / recipe.name))
     elif out:
         folder = Path(out)
         if folder.exists() and not folder.is_dir():
@@ -113,7 +113,8 @@ def _state(recipe: Recipe, folder: Path, resume: bool, known: bool) -> Literal["
     other = [line for key, line in found.items() if key not in GOES_ON | IDLE]
     if other:
         held = "--resume needs the recipe that this run was begun with" if resume else "it holds a run of another recipe"
-        raise InputError(f"{folder}: {held}; it differs in\n  " + "\n  ".join(other))
+        way = f"\nTo go on with the run as it was begun: make resume RUN={folder}" if not finished else ""
+        raise InputError(f"{folder}: {held}; it differs in\n  " + "\n  ".join(other) + way)
     if not resume:
         raise InputError(
             f"--out {folder}: it exists and is not empty: a run of this recipe; go on with --resume, or name another folder"
@@ -128,7 +129,7 @@ def _code(recipe: Recipe, folder: Path) -> Callable[[str], str]:
         if spec != recipe.tune.method:
             raise InputError(f"{folder}: it holds a run of another recipe; it differs in\n  tune.method: {spec} -> {recipe.tune.method}")
         own, name = recipe.code(spec), spec.rpartition(":")[2]
-        return f"{trust.source(own, (recipe.path.parent,))}:{name}" if own.rpartition(":")[0].endswith(".py") else own
+        return f"{trust.source(own, recipe.folders)}:{name}" if own.rpartition(":")[0].endswith(".py") else own
 
     return code
 

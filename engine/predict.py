@@ -33,7 +33,9 @@ def _outputs(run: runs.Run, table_rows: list[read.Row]) -> tuple[Any, encode.Enc
 
 def _table(run: runs.Run, files: list[str], where: str, columns: dict[str, str], bad_rows: str) -> read.Table:
     data = run.recipe.data
-    table = read.read(files, where, format=data.format, names=data.names, quoting=data.quoting, bad_rows=bad_rows)
+    table = read.read(
+        files, where, folders=run.recipe.folders, format=data.format, names=data.names, quoting=data.quoting, bad_rows=bad_rows
+    )
     rows.require_columns(table, columns, "data.columns")
     return table
 

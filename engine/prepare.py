@@ -81,7 +81,7 @@ def prepare(
     trained for the run in the folder `begun` is that of the run.
     """
     recipe = adapters.started(recipe)
-    folders = (recipe.path.parent,)
+    folders = recipe.folders
     notes: list[str] = []
     if recipe.stand_in:
         notes.append(f"the recipe's offline block stands in for its own {override.shown(recipe.stand_in)}")
@@ -221,7 +221,7 @@ def _tune(
     recipe: Recipe, loaded: models.Loaded, head: list[str], swapped: list[swap.Swapped], start: str | None, notes: list[str]
 ) -> tuple[Any, list[str], str]:
     """The method, applied: (method, the parameters that it added, coverage line)."""
-    method = find.method(recipe.code(recipe.tune.method), recipe.where("tune.method"), (recipe.path.parent,))
+    method = find.method(recipe.code(recipe.tune.method), recipe.where("tune.method"), recipe.folders)
     taken, longest = method.takes(recipe.tune) if hasattr(method, "takes") else 0, models.positions(loaded.model)[0]
     if longest and recipe.data.max_length + taken > longest:
         problem = f"{recipe.data.max_length} tokens and the {taken} of the prompt are more than this model's {longest} positions"
@@ -230,7 +230,7 @@ def _tune(
         line, own = adapters.put_in(loaded.model, method, recipe.tune, head)
         if start:
             where = "tune.start"
-            adapter = adapters.read(adapters.locate(start, where, (recipe.path.parent,)), where)
+            adapter = adapters.read(adapters.locate(start, where, recipe.folders), where)
             notes.append("begun from " + adapters.load(loaded.model, method, recipe.tune, adapter, head, where))
         freeze.by_pattern(loaded.model, recipe.tune.freeze or [], recipe.tune.train or [])
     except InputError as error:

@@ -6,10 +6,12 @@
 All errors come at once, each with file:line, key and the nearest right name.
 """
 
+import json
 import re
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,21 @@ from engine.errors import InputError, listing, nearest, quoted
 from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Group, Model, Schema, SwapRule, Train, Tune
 
 NAME = re.compile(r"[^\W_][\w.+ -]*")
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a recipe's name and relative paths go by. The recipe of a run folder keeps those of the recipe that the run was begun with."""
+
+    path: Path  # the file that was read
+    name: str
+    folders: tuple[Path, ...]  # where relative paths are looked for, after the working folder and the project
+    run: Path | None = None  # the run folder that the file belongs to
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What the environment.json of a run says of its recipe."""
+        return {"recipe": self.name, "folders": [str(folder) for folder in dict.fromkeys((Path.cwd(), *self.folders))]}
 
 
 class Recipe:
@@ -37,14 +54,12 @@ class Recipe:
     early_stopping: EarlyStopping | None
     checkpoint: Checkpoint
 
-    def __init__(
-        self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], path: Path, code: Callable[[str], str] = str
-    ):
+    def __init__(self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], home: Home, code: Callable[[str], str] = str):
         self.__dict__.update({name: getattr(values, name) for name in Schema.model_fields})
-        self.raw, self.where, self.path = raw, where, path
+        self.raw, self.where, self.home = raw, where, home
         self.code = code  # "file.py:Class" -> what is loaded for it (engine/trust.py)
         self.stand_in: dict[str, Any] = {}  # the `offline:` block, if it was used
-        self.name = path.stem
+        self.path, self.name, self.folders = home.path, home.name, home.folders
 
     def error(self, key: str, problem: str) -> InputError:
         return InputError(f"{self.where(key)}: {key}: {problem}")
@@ -71,7 +86,7 @@ class Recipe:
 
     def with_tune(self, options: dict[str, Any]) -> "Recipe":
         """The same recipe with more options in its `tune` group."""
-        made = _check({**self.raw, "tune": {**(self.raw.get("tune") or {}), **options}}, [], self.where, self.path, self.code)
+        made = _check({**self.raw, "tune": {**(self.raw.get("tune") or {}), **options}}, [], self.where, self.home, self.code)
         made.stand_in = self.stand_in
         return made
 
@@ -95,6 +110,7 @@ def load(
     if not NAME.fullmatch(path.stem):  # the run folder bears this name, so `...yaml`, whose stem is `..`, would lead out of runs/
         raise InputError(f"{where_from}: a recipe's file name has letters, digits and . _ - and begins with a letter or digit")
     raw, lines = yaml12.parse(text_of(path), where_from)
+    home = _home(path)
     if not isinstance(raw, dict):
         raise InputError(f"{where_from}: a recipe is a mapping of keys, beginning with `task:`")
 
@@ -118,10 +134,25 @@ def load(
             named = any(key == k or key.startswith(k + ".") or k.startswith(key + ".") for k in keys)
             return where(f"offline.{key}" if named else key)
 
-        made = _check(merged, overrides or [], stood_in, path, code)
+        made = _check(merged, overrides or [], stood_in, home, code)
         made.stand_in = block
         return made
-    return _check(raw, overrides or [], where, path, code)
+    made = _check(raw, overrides or [], where, home, code)
+    if home.run and isinstance(raw.get("offline"), dict):
+        made.stand_in = raw["offline"]  # a run keeps the block only if it was used: its keys are among the values
+    return made
+
+
+def _home(path: Path) -> Home:
+    """The home of the recipe in `path`; a run's recipe.yaml has environment.json beside it, which knows where the run came from."""
+    try:
+        noted = json.loads((path.parent / "environment.json").read_text("utf-8")) if path.name == "recipe.yaml" else {}
+        name, folders = noted["recipe"], [Path(folder) for folder in noted.get("folders", ())]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Home(path, path.stem, (path.parent,))
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        return Home(path, path.stem, (path.parent,))
+    return Home(path, name, (*folders, path.parent), path.parent)
 
 
 def text_of(path: Path) -> str:
@@ -163,7 +194,7 @@ def available() -> dict[str, Path]:
 
 
 def _check(
-    raw: dict[str, Any], overrides: list[str], where: Callable[[str], str], path: Path, code: Callable[[str], str] = str
+    raw: dict[str, Any], overrides: list[str], where: Callable[[str], str], home: Home, code: Callable[[str], str] = str
 ) -> Recipe:
     raw, from_command = override.override(raw, overrides)
 
@@ -179,7 +210,7 @@ def _check(
         if isinstance(name, str):
             try:
                 if kind == "tune" and ":" in name:
-                    options = find.method(code(name), f"{place(key)}: {key}", (path.parent,)).Options
+                    options = find.method(code(name), f"{place(key)}: {key}", home.folders).Options
                     if not (isinstance(options, type) and issubclass(options, Tune)):
                         raise InputError(f"{place(key)}: {key}: {name}: its Options must derive from engine.schema.Tune")
                 elif name not in find.names(kind):
@@ -200,7 +231,7 @@ def _check(
     problems += _cross_checks(values, place)
     if problems:
         raise InputError(listing(problems))
-    return Recipe(values, raw, place, path, code)
+    return Recipe(values, raw, place, home, code)
 
 
 def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str], str]) -> str:

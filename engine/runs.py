@@ -95,7 +95,7 @@ def _copied(spec: str, recipe: Recipe, folder: Path) -> dict[str, str]:
 
 
 def _code_file(spec: str, recipe: Recipe) -> Path:
-    source = trust.source(recipe.code(spec), (recipe.path.parent,))
+    source = trust.source(recipe.code(spec), recipe.folders)
     if source is None:
         raise InputError(f"no source file for {spec}")
     return source
@@ -115,7 +115,7 @@ def environment(recipe: Recipe, device: str, sources: dict[str, str], model: dic
     packages = ("torch", "transformers", "tokenizers", "datasets", "scikit-learn", "numpy", "safetensors")
     versions = {name: metadata.version(name) for name in packages}
     return {
-        "recipe": recipe.name, "python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu(),
+        **recipe.home.noted, "python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu(),
         "versions": versions, "device": device, "ranks": distributed.world(),
         "threads": torch.get_num_threads(), "seed": recipe.seed, "data_sha256": sources,
         "model": model, "layers": code_sha256(recipe),
