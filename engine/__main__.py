@@ -105,22 +105,25 @@ def _recipe(options: Any) -> Any:
 def finetune(options: Any) -> int:
     from engine.interrupt import Interrupt
 
-    interrupt = Interrupt().install()  # before the heavy imports: a signal must find someone home
-    distributed.start()
-    recipe = _recipe(options)
-    from engine.claim import own
+    with Interrupt() as interrupt:  # before the heavy imports: a signal must find someone home
+        distributed.start()
+        recipe = _recipe(options)
+        from engine.claim import own
 
-    try:
-        with own(recipe, options.out, options.resume) as owned:  # whose folder it is, too
-            from engine.finetune import finetune as run
+        try:
+            with own(recipe, options.out, options.resume) as owned:  # whose folder it is, too
+                from engine.finetune import finetune as run
 
-            code = run(recipe, claim=owned, interrupted=interrupt).code
-        if distributed.world() > 1:
-            interrupt.ignore()  # the launcher stops all as soon as one has ended
-        distributed.stop()
-        return code
-    except KeyboardInterrupt:  # a loop outside training saw the flag
-        return ended("stopped before training began; nothing was written", interrupt.code or 130)
+                code = run(recipe, claim=owned, interrupted=interrupt).code
+            if distributed.world() > 1:
+                interrupt.ignore()
+            distributed.stop()
+            return code
+        except KeyboardInterrupt:  # a loop outside training saw the flag
+            return ended("stopped before training began; nothing was written", interrupt.code or 130)
+        finally:
+            if distributed.world() > 1:  # the launcher stops all as soon as one has ended
+                interrupt.ignore()
 
 
 def check(options: Any) -> None:

@@ -5,12 +5,16 @@ each one that touches a folder. Files written by other libraries (save_pretraine
 """
 
 import errno
+import hashlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from engine.interrupt import TOGETHER
 
 REAL = {
     name: getattr(os, name) for name in ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
@@ -98,4 +102,9 @@ def do(what: str, operation: Operation | None = None) -> None:
         REAL["write"](descriptor, operation.data[: len(operation.data) // 2])
         what = "SIGKILL"
     for name in what.split("+"):
-        os.kill(os.getpid(), getattr(signal, name))
+        if name.startswith("stuck:"):  # within one call of C code that lasts a minute, somebody else sends the signal
+            send = f"sleep {TOGETHER + 0.2}; kill -{name[9:]} {os.getpid()}"
+            subprocess.Popen(["sh", "-c", send])
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
+        else:
+            os.kill(os.getpid(), getattr(signal, name))

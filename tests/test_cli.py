@@ -153,7 +153,7 @@ def test_a_run_from_the_command_line_leaves_what_was_promised(recipe: MakeRecipe
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_ends_and_the_run_goes_on_identically(recipe: MakeRecipe, number: signal.Signals, code: int) -> None:
     path = str(recipe().path)
-    options = ["train.epochs=30", "evaluate.every=60", "data.test=null"]
+    options = ["train.epochs=30", "evaluate.every=60", "checkpoint.every=60", "data.test=null"]  # long, with few syncs of the disk
     process = subprocess.Popen(
         [*PYTHON, "finetune", path, *options, "--out", "stopped"],
         env=ENVIRONMENT,

@@ -235,13 +235,26 @@ def test_a_signal_while_tokenising_leaves_nothing(runs: Runs) -> None:
     assert not (runs.folder / "tokenising").exists()
 
 
-@pytest.mark.parametrize("what", ["evaluate", "write:optimizer.safetensors"])
-def test_a_second_signal_ends_at_once_with_the_last_checkpoint_good(runs: Runs, whole: dict[str, Any], what: str) -> None:
-    done = runs.run(f"twice-{what[:5]}", {"at": [what, 3], "do": "SIGINT+SIGINT"})
-    out = f"twice-{what[:5]}"
+@pytest.mark.parametrize("place", [("evaluate", 3), ("write:optimizer.safetensors", 1), ("forward", 9)])
+def test_a_second_signal_ends_at_once_within_c_code_with_the_last_checkpoint_good(
+    runs: Runs, whole: dict[str, Any], place: tuple[str, int]
+) -> None:
+    out = f"twice-{place[0][:5]}"
+    done = runs.run(out, {"at": list(place), "do": "SIGINT+stuck:SIGINT"})
     assert done["code"] == 130, done["said"]
-    good = checkpoint.newest(runs.folder / out / "checkpoints")
-    assert good
-    assert good.name in done["said"] or not (runs.folder / out / "metrics.json").exists()
+    assert done["seconds"] < 20
+    assert done["said"].count("SIGINT: finishing this step") == 1
+    assert "go on with" not in done["said"]  # it did not wait for the step
+    assert checkpoint.newest(runs.folder / out / "checkpoints") or place[0] != "forward"
     runs.finished(out)
     runs.equal(out, "whole")
+
+
+def test_signals_that_come_together_are_one_request(runs: Runs, whole: dict[str, Any]) -> None:
+    """The terminal's own and the one that make passes on: the step is finished and saved."""
+    done = runs.run("together", {"at": ["forward", 9], "do": "SIGINT+SIGINT+SIGTERM"})
+    assert done["code"] == 130, done["said"]
+    assert "go on with: --out" in done["said"]
+    assert checkpoint.newest(runs.folder / "together" / "checkpoints")
+    runs.finished("together")
+    runs.equal("together", "whole")
