@@ -11,10 +11,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two spinning threads each would be slower than one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib.figure
 import pytest
 import torch
 
 from engine import recipe as recipes
+
+# Thousands of syncs wait for the disk and show nothing, as no test can pull the plug. That the engine syncs what it must, and when,
+# is held by a model of a disk (powerloss.py); runs in processes of their own sync for real.
+os.fsync = lambda descriptor: None
 
 WORDS = [
     "good",
@@ -97,9 +102,13 @@ class StopAt:
 
 @pytest.fixture(autouse=True)
 def _steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One seed, a working folder of its own, two threads at most."""
+    """One seed, a working folder of its own; plots are made but not drawn, which would take half of a small run's time.
+
+    The command line in a process of its own, and runs that a whole file shares, draw them.
+    """
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, to, **how: to.write(b"not drawn"))
 
 
 def make_bert(folder: Path, *, layers: int = 2, hidden: int = 32, dropout: float = 0.1, **more: Any) -> Path:

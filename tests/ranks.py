@@ -88,7 +88,8 @@ def main() -> None:
     found["scores"] = made.progress.evaluations
     run("one-two", "still.yaml", [], resume=True)
     run("frozen", "still.yaml", ["tune.method=last_n", "tune.n=0", "train.cache_frozen=float32"])
-    stopped = run("signalled", "still.yaml", [], interrupted=SignalAt("signalled", 4).install())
+    with SignalAt("signalled", 4) as signalled:
+        stopped = run("signalled", "still.yaml", [], interrupted=signalled)
     assert stopped.code == 143, stopped.code
     found["stopped"] = stopped.progress.step
 

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from conftest import FLOAT32, MakeRecipe
 from torch import Tensor, nn
 
-from engine import checkpoint, evaluate, faults, finetune, freeze, optim, prepare, seeds
-from engine.data.windows import Windows
+from engine import checkpoint, evaluate, faults, finetune, freeze, optim, prepare
 from engine.errors import RunError
 from engine.progress import Progress, Settings
 from engine.train import train
@@ -448,35 +447,6 @@ def test_memory_and_open_files_do_not_grow(tmp_path: Path, steps: int) -> None:
     print(f"{steps} steps: {grown / 1e6:+.2f} MB, {steady[-1][1]} open files")
     assert grown < 10e6
     assert {files for _, files in steady} == {steady[0][1]}
-
-
-# -- the laws of tests/test_loop.py can fail ------------------------------------------------------------------------------
-
-
-def _unkeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeds, "seed_all", lambda *place: None)
-
-
-def _impure_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = np.random.default_rng(0)  # lives as long as the process: the order depends on how often it was asked
-    monkeypatch.setattr(Windows, "order", lambda self, epoch: state.permutation(len(self.encoded)))
-
-
-def _rate_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = optim.schedule
-
-    def schedule(*args: Any) -> Callable[[int], float]:
-        calls, pure = itertools.count(), real(*args)
-        return lambda step: pure(next(calls))  # begins anew in every process
-
-    monkeypatch.setattr(optim, "schedule", schedule)
-
-
-@pytest.mark.parametrize("mutant", [_unkeyed, _impure_order, _rate_forgotten])
-def test_mutants_break_the_law_of_resuming(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, mutant: Any) -> None:
-    mutant(monkeypatch)
-    with pytest.raises(AssertionError, match=r"stopped after step \d+"):
-        test_loop.test_resumed_at_any_step_equals_never_stopped(recipe, "full")
 
 
 def test_smaller_budgets_halve_until_each_is_one_row(recipe: MakeRecipe) -> None:

@@ -117,41 +117,56 @@ def log_of(folder: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in ("time", "seconds")} for r in records]
 
 
+MIXED = ["train.micro_batch_tokens=60", "train.precision=bfloat16"]  # two and more micro-batches in a window
 VARIANTS = {
-    "full": [],
-    "lora": ["tune.method=lora", "tune.r=2", "tune.dropout=0.1"],
+    "full": MIXED,
+    "lora": ["tune.method=lora", "tune.r=2", "tune.dropout=0.1", *MIXED],
+    "gradual unfreezing": ["tune.unfreeze=0.3", "tune.rates={'**.LayerNorm.*': 0.5}", *MIXED],
+    "float32": [],
     "pissa": ["tune.method=lora", "tune.r=2", "tune.init=pissa"],
-    "gradual unfreezing": ["tune.unfreeze=0.3", "tune.rates={'**.LayerNorm.*': 0.5}"],
     "qlora": ["tune={method: lora, r: 2, quantize: nf4}"],
-    "accumulating bfloat16": ["train.micro_batch_tokens=60", "train.precision=bfloat16"],
 }
+RESUMED = ["evaluate.every=3", "checkpoint.every=4", "early_stopping={monitor: accuracy}", "train.schedule=cosine"]
+
+
+def stopped_and_resumed_equals_whole(recipe: MakeRecipe, options: list[str], stops: list[int], out: str = "stopped") -> None:
+    """The law of resuming: one run, stopped after each of these steps in turn, ends as the one in whole/ that was not."""
+    for attempt, stop in enumerate(stops):
+        result = run(recipe(*options), out, resume=attempt > 0, interrupted=StopAt(out, stop))
+        assert (result.progress.step, result.progress.stopped, result.code) == (stop, "interrupted", 130)
+        assert result.progress.unjudged == (stop % 3 == 0)  # the signal came during the evaluation
+    last = run(recipe(*options), out, resume=True).progress.step
+    for file in ("weights.safetensors", "optimizer.safetensors"):  # of the last step; model/ holds the best
+        mine, other = (Path(folder, "checkpoints", f"step-{last:08d}", file).read_bytes() for folder in (out, "whole"))
+        assert mine == other, f"stopped after step {stops}: {file}"
+    assert model_bytes(out) == model_bytes("whole"), f"stopped after step {stops}"
+    assert Path(out, "metrics.json").read_bytes() == Path("whole/metrics.json").read_bytes()
+    assert log_of(out) == log_of("whole")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_at_any_step_equals_never_stopped(recipe: MakeRecipe, variant: str) -> None:
-    """With dropout, a decaying schedule, evaluation every 3 steps and the best restored: weights, metrics, log."""
-    options = [
-        "evaluate.every=3",
-        "checkpoint.every=4",
-        "early_stopping={monitor: accuracy}",
-        "train.schedule=cosine",
-        *VARIANTS[variant],
-    ]
-    run(recipe(*options), "whole")
+    """With dropout, a decaying schedule, evaluation every 3 steps and the best restored: weights, metrics, log.
+
+    Stopped after every step in turn, each resume does one step: whatever one of them forgot is missing in the end. And once from
+    the middle to the end.
+    """
+    options = [*RESUMED, *VARIANTS[variant]]
+    whole = run(recipe(*options), "whole")
     steps = json.loads(Path("whole/metrics.json").read_text())["steps"]
-    assert steps == 12
-    tried = 0
-    for stop in range(1, steps + 1) if variant == "full" else (3, 7, 11):
-        out = f"stopped-{stop}"
-        first = run(recipe(*options), out, interrupted=StopAt(out, stop))
-        assert (first.progress.step, first.progress.stopped, first.code) == (stop, "interrupted", 130)
-        assert first.progress.unjudged == (stop % 3 == 0)  # the signal came during the evaluation
-        run(recipe(*options), out, resume=True)
-        assert model_bytes(out) == model_bytes("whole"), f"stopped after step {stop}"
-        assert Path(out, "metrics.json").read_bytes() == Path("whole/metrics.json").read_bytes()
-        assert log_of(out) == log_of("whole")
-        tried += 1
-    assert tried >= 3
+    assert steps == whole.progress.step == 12
+    stopped_and_resumed_equals_whole(recipe, options, list(range(1, steps + 1)), "often")
+    stopped_and_resumed_equals_whole(recipe, options, [7], "once")
+
+
+def test_the_resumed_runs_do_accumulate_and_unfreeze(recipe: MakeRecipe) -> None:
+    """What the variants are named for does happen in them."""
+    ready = prepare.prepare(recipe(*RESUMED, *VARIANTS["gradual unfreezing"]), **QUIET)
+    assert all(len(window.micro_batches) > 1 for window in ready.windows.epoch(0))
+    assert ready.precision == "bfloat16"
+    opened = [len(freeze.thaw(ready.loaded.model, step)) for step in range(12)]
+    assert opened == sorted(opened)
+    assert len(set(opened)) > 1
 
 
 def test_resume_refuses_another_recipe_and_says_what_differs(recipe: MakeRecipe) -> None:
