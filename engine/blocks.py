@@ -59,11 +59,15 @@ class Span:
 
 @dataclass
 class Example:
-    """One row: its long texts, its other columns, and what stands beside them, a cell for each name in the header."""
+    """One row: its long texts, its other columns, and what stands beside them, a cell for each name in the header.
+
+    `right` turns the prediction's colour, which is that of a mistake otherwise. A cell may hold marked pieces.
+    """
 
     texts: dict[str, str | list[Span]]
     other: dict[str, Any]
     cells: list[Any]
+    right: bool = False
 
 
 @dataclass

@@ -3,13 +3,18 @@
 import base64
 import io
 import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 
 from engine import disk, find
 from engine.blocks import Examples, Matrix, Points, Table
@@ -20,9 +25,10 @@ from engine.watch import read_log
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 INK, SOFT, BLUE, ORANGE, GREEN = "#1d2733", "#9aa7b4", "#2563a8", "#d9730d", "#2e7d4f"
 matplotlib.rcParams.update({
-    "font.size": 9.5, "font.family": ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei"], "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9.5, "font.family": ["DejaVu Sans"], "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": SOFT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": "#e6eaee",
     "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 140,
+    "svg.fonttype": "none",  # text stays text: the browser has fonts for more scripts than matplotlib finds
 })  # fmt: skip
 matplotlib.set_loglevel("ERROR")  # a font that is absent is no news
 
@@ -47,15 +53,16 @@ def write(folder: Path) -> Path:
     task = find.module("tasks", recipe["task"], str(folder)).Task
     shown = task.sections(results["detail"][final], rows) if final else []
     drawn = [block for block in shown if isinstance(block, Matrix | Points)]
+    numbered = {block.name: made for block in drawn if isinstance(block, Matrix) and (made := _drawable(block)) is not block}
     figures |= {block.name: _DRAW[type(block)](block) for block in drawn}
     images = {}
     for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-        disk.replace(plots / f"{name}.png", buffer.getvalue())
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        images[name] = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+        svg = _saved(figure, "svg", {"Date": None})
+        images[name] = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+        if name in numbered:  # the PNG cannot show its labels; this file can
+            disk.replace(plots / f"{name}.svg", svg)
+            figure = _matrix(numbered[name])
+        disk.replace(plots / f"{name}.png", _saved(figure, "png", {"Software": None}))
     judged = [task.wrong(row) for row in rows]
     for fact in by_event["data"][0]["splits"].values():
         fact["summary"] = task.summary(fact)
@@ -78,6 +85,45 @@ def write(folder: Path) -> Path:
 def _template() -> jinja2.Template:
     made = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return made.from_string(TEMPLATE.read_text("utf-8"))
+
+
+def _saved(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of text that the browser draws, or that is numbered
+        figure.savefig(buffer, format=kind, bbox_inches="tight", metadata=metadata)
+    return buffer.getvalue()
+
+
+@cache
+def _glyphs(path: str) -> frozenset[int]:
+    """The characters that a font file has."""
+    return frozenset(FT2Font(path).get_charmap())
+
+
+def _has_font(text: str) -> bool:
+    """Whether a font that matplotlib finds has every character of `text`; such a font joins those that are drawn with."""
+    missing = {ord(c) for c in text} - _glyphs(font_manager.findfont("DejaVu Sans"))
+    if not missing:
+        return True
+    for font in font_manager.fontManager.ttflist:
+        try:
+            found = missing <= _glyphs(font.fname)
+        except (OSError, RuntimeError):  # it is listed and cannot be read
+            continue
+        if found:
+            family = matplotlib.rcParams["font.family"]
+            matplotlib.rcParams["font.family"] = [*family, *([] if font.name in family else [font.name])]
+            return True
+    return False
+
+
+def _drawable(block: Matrix) -> Matrix:
+    """The block itself; or, where no font has a label's characters, with numbers for such labels instead of empty boxes."""
+    labels = [label if _has_font(_tick(label)) else f"#{i}" for i, label in enumerate(block.labels, 1)]
+    if labels == block.labels:
+        return block
+    return replace(block, labels=labels, title=f"{block.title} (the names: {block.name}.svg)")
 
 
 def _recipe(folder: Path) -> Any:

@@ -623,6 +623,8 @@ def test_what_a_report_shows_is_escaped_marked_and_short() -> None:
     assert marks == [("<Ann> ", "missed"), ("Lee", "good"), (" & co", "bad")]
     assert sum(len(span.text) for span in example.texts["context"]) < 1200  # type: ignore[union-attr]
     assert example.cells == ["<Ann> Lee", "Lee & co"]
+    assert not example.right
+    assert Task.example({**line, "prediction": "the <Ann> Lee!"}).right
     assert _template() is not None
     none = {**line, "label": [], "answers": {"text": [], "answer_start": []}, "prediction": "", "start": None, "end": None}
     assert Task.example(none).cells == ["(no answer)", "(no answer)"]

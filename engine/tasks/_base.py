@@ -190,10 +190,21 @@ class Base:
 
 
 def shown_columns(line: dict[str, Any], hidden: set[str] = NOT_SHOWN) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the long texts, the rest) of a line's input columns."""
+    """(the texts, the rest) of a line's input columns; the rest without what the truth beside it says again.
+
+    A text is long, has three words, or is in a script of which a few characters say much.
+    """
     kept = {k: v for k, v in line.items() if k not in hidden}
-    texts = {k: v for k, v in kept.items() if isinstance(v, str) and len(v) > 12}
-    return (texts, {k: v for k, v in kept.items() if k not in texts}) if texts else (kept, {})
+    texts = {k: v for k, v in kept.items() if isinstance(v, str) and (len(v) > 12 or v.count(" ") > 1 or not v.isascii())}
+    rest = {k: v for k, v in kept.items() if k not in texts and not _same(v, line.get("label"))}
+    return (texts, rest) if texts else (kept, {})
+
+
+def _same(value: Any, truth: Any) -> bool:
+    """Whether a column holds the truth itself."""
+    if isinstance(value, list) and isinstance(truth, list):
+        return sorted(map(str, value)) == sorted(map(str, truth))
+    return bool(value == truth) or str(value) == str(truth)
 
 
 def sum_by_row(values: np.ndarray, row: np.ndarray, rows: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from engine import metrics
-from engine.blocks import Block, Example
+from engine.blocks import Block, Example, Span
 from engine.data.encode import Encoded
 from engine.data.read import Row
 from engine.errors import InputError, nearest, quoted
@@ -53,6 +53,7 @@ class Task(TextTask):
     default_metrics: ClassVar = ["f1_micro", "f1_macro"]
     metrics: ClassVar = metrics.MULTILABEL
     answer: ClassVar = "labels"
+    header: ClassVar = [("truth", ""), ("predicted", "")]
 
     def __init__(self, columns: dict[str, Any], labels: list[str] | None = None, options: Any = None):
         super().__init__(columns, labels, options)
@@ -229,7 +230,16 @@ class Task(TextTask):
 
     @classmethod
     def example(cls, line: dict[str, Any]) -> Example:
-        return Example(*shown_columns(line), [line["label"], line["prediction"]])
+        """Each label by itself: right, missed (of the truth), wrong (of the prediction)."""
+        gold, made = line["label"], line["prediction"]
+        cells = [_marks(gold, made, "missed"), _marks(made, gold, "bad")]
+        return Example(*shown_columns(line), cells, right=not cls.wrong(line))
+
+
+def _marks(names: list[str], other: list[str], kind: str) -> list[Span]:
+    """The labels `names`, good where the `other` side has them too."""
+    parts = [[Span(" ")] * (i > 0) + [Span(name, "good" if name in other else kind)] for i, name in enumerate(names)]
+    return [span for part in parts for span in part] or [Span("(none)")]
 
 
 def sigmoid(outputs: np.ndarray) -> np.ndarray:

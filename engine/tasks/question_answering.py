@@ -320,7 +320,7 @@ class Task(Base):
         kept = {k: v for k, v in line.items() if k not in HIDDEN | {name} and answers_of(v) is None}
         texts: dict[str, Any] = {k: v for k, v in kept.items() if isinstance(v, str)} | {name: shown_context(line[name], line)}
         other = {k: v for k, v in kept.items() if k not in texts}
-        return Example(texts, other, [_said(line["label"]), _said([line["prediction"]])])
+        return Example(texts, other, [_said(line["label"]), _said([line["prediction"]])], right=not cls.wrong(line))
 
 
 HOW = "Green: predicted rightly; red: predicted, and no part of an answer; dashed: of an answer, and missed."
