@@ -173,7 +173,7 @@ def load(model: Any, method: Any, options: Any, adapter: Adapter, head: list[str
 
     A head of another size, that is for other labels, stays fresh. Whatever else does not fit is an error.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied one may be named by either of its places
     left, taken, fresh = {}, 0, []
     for name, tensor in adapter.tensors.items():
         if name in parameters and parameters[name].shape == tensor.shape:

@@ -61,6 +61,11 @@ class Together(nn.Module):
                         module._parameters[leaf] = body.get_parameter(tied[id(parameter)])
             self.heads[name] = model
 
+        self.all_tied_weights_keys = {  # as transformers' models have them
+            self.path_in(name, key): self.path_in(name, str(source))
+            for name, model in models.items() for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        }  # fmt: skip
+
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **more: Any) -> Answers:
         """Every head's answers: for probes. Training and evaluation call the head whose examples a batch holds."""
         said = {name: head(input_ids=input_ids, attention_mask=attention_mask, **more) for name, head in self.heads.items()}

@@ -238,8 +238,6 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tuning_method_is_for_the_body_and_all_heads_train(kinds: Any, method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = Path("kinds.yaml").read_text()
-    Path("kinds.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("  words:")) + "\n")
     done = run(kinds("train.max_steps=4", f"tune={method}", "evaluate.every=4"), "r")
     assert done.progress.step == 4
     capsys.readouterr()
