@@ -161,7 +161,7 @@ def merge(options: Any) -> None:
 
 def describe(options: Any) -> None:
     from engine.errors import InputError, nearest
-    from engine.recipe import describe as rows
+    from engine.keys import describe as rows
 
     table = rows()
     if options.key:

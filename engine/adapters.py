@@ -173,7 +173,7 @@ def load(model: Any, method: Any, options: Any, adapter: Adapter, head: list[str
 
     A head of another size, that is for other labels, stays fresh. Whatever else does not fit is an error.
     """
-    parameters, tied = dict(model.named_parameters()), dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied one may be named by either of its places
     left, taken, fresh = {}, 0, []
     for name, tensor in adapter.tensors.items():
         if name in parameters and parameters[name].shape == tensor.shape:
@@ -181,8 +181,6 @@ def load(model: Any, method: Any, options: Any, adapter: Adapter, head: list[str
             taken += 1
         elif name in parameters and _under(name, head):
             fresh.append(name)
-        elif name in tied and torch.equal(tied[name], tensor):
-            taken += 1
         else:
             left[name] = tensor
     if left and (adapter.own_names or not hasattr(method, "load_peft")):

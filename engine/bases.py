@@ -34,7 +34,7 @@ def open_unmerged(run: str, shared: dict[str, nn.Parameter] | None = None, *, al
         raise InputError(f"{folder}: no adapter/: {recipe.tune.method} changes the model's own weights, and model/ holds them")
     where = f"{folder}/recipe.yaml: model.name"
     task = runs.task_of(folder, recipe)
-    loaded = prepare.base(recipe, task, (folder,), [], None, folder)
+    loaded = prepare.base(recipe, task, (folder,), list, None, folder)
     noted = base_of(folder)[0]
     if loaded.sha256 != noted:
         raise InputError(
@@ -76,8 +76,6 @@ def probe(tokenizer: Any, device: torch.device) -> dict[str, Tensor]:
 
 def merge_run(run: str, out: str | None, *, allow_code: bool = False) -> None:
     """Write the merged model of a run to `out` (RUN/merged by default), checked before and after it was written."""
-    import transformers
-
     one, method = open_unmerged(run, allow_code=allow_code)
     if not hasattr(method, "merge"):
         raise InputError(
@@ -91,10 +89,13 @@ def merge_run(run: str, out: str | None, *, allow_code: bool = False) -> None:
     needed = sum(tensor.nbytes for tensor in one.model.state_dict().values())
     with disk.refusing(folder, needed), disk.whole(folder) as hidden:
         one.model.save_pretrained(hidden)
-        one.tokenizer.save_pretrained(hidden)
-        again = (
-            getattr(transformers, one.task.auto_class).from_pretrained(hidden, local_files_only=True, dtype=torch.float32).eval()
-        )
+        for name, *_ in one.task.heads(one.model):
+            one.tokenizer.save_pretrained(hidden / name)
+
+        def written(auto: Any, place: str) -> Any:
+            return auto.from_pretrained(hidden / place, local_files_only=True, dtype=torch.float32)
+
+        again = runs.model_of(one.task, written).eval()
         with torch.inference_mode():
             if not torch.equal(swap.outputs_of(again(**batch)), swap.outputs_of(one.model(**batch))):
                 raise RunError(f"{folder}: the written model computes something else than the one in memory; nothing was kept")

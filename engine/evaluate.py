@@ -11,6 +11,7 @@ from torch import nn
 from engine import distributed, faults, metrics, seeds
 from engine.data.encode import Encoded
 from engine.data.read import Row
+from engine.data.several import Joined
 from engine.data.windows import fitting, in_order
 from engine.models import eval_mode
 
@@ -44,8 +45,21 @@ def outputs(
     the same for any number of processes, and so are the outputs to the bit; they are dealt to the ranks in turn.
 
     A batch that does not fit into memory is done again in parts, as are those after it; `shrunk` is told the new `tokens`.
-    RunError names the example (by `places`) that does not fit alone.
+    RunError names the example (by `places`) that does not fit alone. Of several data sets a list: each task's own, by its head.
     """
+    if isinstance(encoded, Joined):
+        with eval_mode(model):
+            return _of_each(
+                model,
+                task,
+                encoded,
+                places,
+                tokens=tokens,
+                device=device,
+                autocast=autocast,
+                interrupted=interrupted,
+                shrunk=shrunk,
+            )
     parts: list[tuple[np.ndarray, np.ndarray]] = []  # (row numbers, outputs) of this rank's batches
     todo, budget, stopped = in_order(encoded, tokens)[distributed.rank() :: distributed.world()], tokens, False
     with seeds.untouched(), eval_mode(model), torch.inference_mode():
@@ -79,6 +93,20 @@ def outputs(
     return made
 
 
+def _of_each(model: Any, task: Any, encoded: Joined, places: list[str] | None, **how: Any) -> list[Any]:
+    """Each data set by its own task and head; what was learnt about memory holds for those that follow."""
+    told, made = how["shrunk"], []
+
+    def shrunk(tokens: int) -> None:
+        how["tokens"] = tokens
+        told(tokens)
+
+    for (name, part), first in zip(encoded.parts.items(), encoded.first.tolist(), strict=False):
+        own = places[first : first + len(part)] if places else None
+        made.append(outputs(model.heads[name], task.parts[name], part, places=own, **how | {"shrunk": shrunk}))
+    return made
+
+
 def score(task: Any, made: Any, encoded: Encoded, rows: list[Row], names: list[str], aim: str | None = None) -> Scored:
     """Mean loss and the named metrics of outputs. With `aim`, a metric, the task first chooses by these rows what it chooses."""
     judged = task.judge(made, encoded, rows)
@@ -103,5 +131,4 @@ def report(task: Any, scored: Scored, names: list[str], resamples: int) -> dict[
 
 def lines(task: Any, scored: Scored, encoded: Encoded, rows: list[Row]) -> list[dict[str, Any]]:
     """One object a row, in the file's order: its columns, the truth, the prediction, its loss."""
-    made = zip(rows, task.predictions(scored.outputs, encoded, rows), scored.judged.means.tolist(), strict=True)
-    return [{**row, "label": task.gold(row), **one, "loss": loss} for row, one, loss in made]
+    return list(task.lines(scored.outputs, scored.judged, encoded, rows))

@@ -288,8 +288,11 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
 
     model, recipe, method = ready.loaded.model, ready.recipe, ready.method
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if ready.task.state():
-        model.config.task_state = ready.task.state()
+    heads = ready.task.heads(model)
+    for _, task, one in heads:
+        if task.state():
+            one.config.task_state = task.state()
+        one.config.name_or_path = recipe.model.name or ""
     if ready.own:
         base = {
             "name": recipe.model.name or f"{recipe.model.label} from scratch",
@@ -303,12 +306,11 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
         apart = adapters.merge(model, method, ready.probe())
         log({"event": "merged", "apart": apart})
     keeps = bool(recipe.swap) or getattr(method, "STAYS", False)
-    model.config.name_or_path = recipe.model.name or ""
+    needed *= len(heads)  # each has a copy of the body
     with disk.refusing(folder / "model", needed), disk.whole(folder / "model") as hidden:
         disk.require(folder, needed)
         model.save_pretrained(hidden)
-        ready.loaded.tokenizer.save_pretrained(hidden)
-        (hidden / "README.md").write_text(
-            card.render(recipe, results, ready.facts, ready.metrics, keeps, ready.task.pipeline_tag), "utf-8"
-        )
+        for name, task, _ in heads:
+            ready.loaded.tokenizer.save_pretrained(hidden / name)
+            (hidden / name / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics, keeps, task, name), "utf-8")
         disk.sync_tree(hidden)

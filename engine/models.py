@@ -213,7 +213,10 @@ def head_of(model: Any, fresh: list[str]) -> list[str]:
     body = (
         [getattr(model, prefix)] if hasattr(model, prefix) else [model.get_input_embeddings(), *_children(model, PreTrainedModel)]
     )
-    paths = [name for name, child in model.named_children() if child not in body and any(True for _ in child.parameters())]
+    children = [(name, child) for name, child in model.named_children() if child not in body]
+    if hasattr(model, "heads"):  # several on one body (engine/together.py)
+        children = [(f"heads.{name}.{part}", child) for name, head in model.heads.items() for part, child in head.named_children()]
+    paths = [name for name, child in children if any(True for _ in child.parameters())]
     for key in fresh:
         path = key.rpartition(".")[0]
         if not any(path == p or path.startswith(p + ".") for p in paths):

@@ -47,6 +47,8 @@ def check(recipe: Recipe) -> None:
     tell(f"  {plan['examples']:,} examples / batch {t.batch_size} = {windows}")
     parts = f"{plan['micro_batches_per_window']} micro-batches of at most {ready.windows.tokens:,} tokens"
     tell(f"  a window is about {parts}{padding}; {ready.packed}")
+    if mixed := ready.windows.said():
+        tell(f"  {mixed}")
     rise = math.ceil(t.warmup * plan["steps"]) if t.warmup < 1 else int(t.warmup)
     if cached := prepare.cache_frozen(ready, runs.code_sha256(recipe))[1]:
         tell(f"  {cached}")
@@ -71,24 +73,25 @@ def _memory(model: torch.nn.Module) -> int:
 
 
 def _probe(ready: prepare.Prepared) -> list[str]:
-    """One real window: a finite loss, and a gradient for everything that trains."""
-    model = ready.loaded.model
+    """One real window (of several tasks one each): a finite loss, and a gradient for everything that trains."""
+    model, problems = ready.loaded.model, []
     model.train()
-    window = next(iter(ready.windows.epoch(0)))
     autocast = optim.autocast(ready.precision, ready.device)
-    total = 0.0
     with seeds.untouched():
-        for i, batch in enumerate(window.micro_batches):
-            seeds.seed_all(ready.recipe.seed, 0, i)
-            with autocast():
-                loss = ready.task.loss(model, {k: v.to(ready.device) for k, v in batch.items()}) / window.items
-            loss.backward()
-            total += float(loss.detach())
+        for window, (name, task, _) in zip(ready.windows.unlike(), ready.task.heads(model), strict=True):
+            total = 0.0
+            for i, batch in enumerate(window.micro_batches):
+                seeds.seed_all(ready.recipe.seed, 0, i)
+                with autocast():
+                    loss = ready.task.loss(model, {k: v.to(ready.device) for k, v in batch.items()}) / window.items
+                loss.backward()
+                total += float(loss.detach())
+            chance, of = task.chance(), f"{name}: " if name else ""
+            tell(f"  {of}first window: loss {total:.4f}" + (f" (chance: {chance:.4f})" if chance is not None else ""))
+            if not math.isfinite(total):
+                problems.append(f"{of}the loss of the first window is {total}")
     without = [n for n, p in model.named_parameters() if p.requires_grad and freeze.moved(p).grad is None]
     model.zero_grad(set_to_none=True)
-    chance = ready.task.chance()
-    tell(f"  first window: loss {total:.4f}" + (f" (chance: {chance:.4f})" if chance is not None else ""))
-    problems = [] if math.isfinite(total) else [f"the loss of the first window is {total}"]
     if without:
         problems.append(f"{len(without)} parameters train but get no gradient: {', '.join(without[:3])}")
     return problems

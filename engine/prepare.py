@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from engine import adapters, distributed, find, freeze, models, optim, override, scratch, seeds, swap, vocabulary
-from engine.data import encode, read, rows, windows
+from engine import adapters, distributed, find, freeze, models, optim, override, scratch, seeds, swap, together, vocabulary
+from engine.data import encode, read, rows, several, windows
 from engine.errors import InputError, plain, quoted
 from engine.fast import frozen_cache, kernels
 from engine.fast.install import Pieces, install
@@ -87,22 +87,22 @@ def prepare(
         notes.append(f"the recipe's offline block stands in for its own {override.shown(recipe.stand_in)}")
     cache = _cache(recipe)
     task = _task(recipe)
-    splits = _splits(recipe, task, folders, notes)
+    splits = _every_split(recipe, task, folders, notes)
     facts = rows.facts(splits, task)
     names = _metrics(recipe, task)
     device = models.device_of(recipe.train.device, recipe.where("train.device"))
-    loaded = base(recipe, task, folders, splits["train"].table.rows, cache, begun)
+    loaded = base(recipe, task, folders, lambda: _texts(task, splits["train"]), cache, begun)
     head = models.head_of(loaded.model, loaded.fresh)
     swapped = swap.apply_rules(loaded.model, recipe.rules(), recipe.where, folders)
     method, own, coverage = _tune(recipe, loaded, head, swapped, None if resumed else recipe.tune.start, notes)
     loaded.model.to(device)
     with distributed.first_alone():
         encoded = {
-            name: encode.encode(task, split.table.rows, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
+            name: several.encoded(task, split, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
             for name, split in splits.items()
         }
     models.check_ids(loaded, {name: tokens.ragged["input_ids"][0] for name, tokens in encoded.items()})
-    notes += _look_at(facts, encoded, recipe.data.max_length)
+    notes += _look_at_all(recipe, facts, encoded)
     if swapped or ":" in recipe.tune.method:  # code that is not ours: does it fit where it stands?
         with models.eval_mode(loaded.model):
             key = "swap" if swapped else "tune.method"
@@ -113,6 +113,8 @@ def prepare(
     made.places = encoded["train"].places(splits["train"].table.places)
     steps = min(made.per_epoch * recipe.train.epochs, recipe.train.max_steps or made.per_epoch * recipe.train.epochs)
     kind = optim.precision(recipe.train.precision, device)
+    if recipe.tasks and recipe.train.cache_frozen != "off":
+        raise recipe.error("train.cache_frozen", "the states of several data sets are not kept; take off")
     if kind == "float16" and recipe.train.weights == "bfloat16":
         raise recipe.error("train.weights", "bfloat16 does not go with train.precision=float16; take bfloat16 or float32 there")
     rates, timetable = _tempo(recipe, loaded.model, method, head, made.per_epoch)
@@ -140,6 +142,8 @@ def announce(ready: Prepared, say: Callable[[str], None]) -> None:
     plan = f"{t.epochs} epochs x {ready.windows.per_epoch} windows of {t.batch_size}"
     ranks = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
     say(f"train   {plan}: {ready.steps} steps, {ready.precision} on {ready.device}{ranks}; {ready.packed}")
+    if mixed := ready.windows.said():
+        say(f"tasks   {mixed}")
     for note in ready.notes:
         say(f"note    {note}")
 
@@ -169,9 +173,17 @@ def cache_frozen(
 def _task(recipe: Recipe) -> Any:
     task_class = find.module("tasks", recipe.task, recipe.where("task")).Task
     try:
-        return task_class(recipe.data.columns, recipe.data.labels, recipe.data)
+        task = task_class(recipe.data.columns, recipe.data.labels, recipe.data)
     except InputError as error:
-        raise InputError(f"{recipe.where('data.columns')}: {error}") from error
+        raise InputError(f"{recipe.where('data.columns')}: {_in_full(recipe, error, 'data.')}") from error
+    if recipe.tasks:
+        task.hold({name: _task(recipe.part(name)) for name in recipe.tasks}, recipe.tasks)
+    return task
+
+
+def _in_full(recipe: Recipe, error: InputError, key: str) -> str:
+    """A message of a task, which calls its keys as they are called where it is the only one."""
+    return str(error).replace(key, recipe.within + key) if recipe.within else str(error)
 
 
 def _cache(recipe: Recipe) -> Path:
@@ -190,31 +202,47 @@ def _cache(recipe: Recipe) -> Path:
 
 def _metrics(recipe: Recipe, task: Any) -> list[str]:
     """The headline metrics, checked, and that early stopping watches one of them."""
+    for name, part in task.parts.items():
+        one = recipe.part(name)
+        try:
+            first = _metrics(one, part)[0]
+        except InputError as error:
+            raise InputError(str(error).replace("evaluate.metrics", f"{one.within}metrics")) from error
+        if part.lower_is_better(first):
+            raise InputError(f"{one.where('evaluate.metrics')}: {one.within}metrics: '{first}' comes first and goes into the mean of the "
+                             "tasks, where more must be better; put another one first")  # fmt: skip
     names: list[str] = recipe.evaluate.metrics or task.default_metrics
     task.check(names, recipe.where("evaluate.metrics"))
-    stop = recipe.early_stopping
+    stop = None if recipe.within else recipe.early_stopping
     if stop and stop.monitor not in (*names, "loss"):
         raise recipe.error("early_stopping.monitor", f"'{stop.monitor}' is not among the metrics {', '.join(names)}, loss")
     return names
 
 
 def base(
-    recipe: Recipe, task: Any, folders: tuple[Path, ...], train: list[read.Row], cache: Path | None, begun: Path | None
+    recipe: Recipe, task: Any, folders: tuple[Path, ...], texts: Callable[[], list[str]], cache: Path | None, begun: Path | None
 ) -> models.Loaded:
-    """The model as training finds it: pretrained, or from scratch. A tokenizer to train reads the rows `train`."""
+    """The model as training finds it: pretrained, or from scratch. A tokenizer to train reads `texts`. Several tasks share its body."""
+    if task.parts:
+        return together.together({
+            name: base(recipe.part(name), part, folders, texts, cache, begun) for name, part in task.parts.items()
+        })  # fmt: skip
     m, where = recipe.model, f"{recipe.where('model.name')}: model.name"
     if m.name is None:
         kept = begun / vocabulary.KEPT if begun else None
-
-        def texts() -> list[str]:
-            return [text for row in train for text in task.text_of(row).split("\x1f")]
-
         return scratch.load(recipe, task, texts, cache=cache, folders=folders, kept=kept)
     source = models.find(m.name, m.revision, m.offline, where, folders, recipe.way_out)
     own = f"{recipe.where('model.tokenizer')}: model.tokenizer"
     tokenizer = vocabulary.load(m.tokenizer, own, folders) if isinstance(m.tokenizer, str) else None
     seeds.seed_all(recipe.seed)  # the head's fresh weights belong to the seed
     return models.load(source, task.auto_class, task.model_options(), where, recipe.data.max_length, tokenizer)
+
+
+def _texts(task: Any, split: Any) -> list[str]:
+    """All texts that a split's rows hold."""
+    if task.parts:
+        return [text for name, part in task.parts.items() for text in _texts(part, split.parts[name])]
+    return [text for row in split.table.rows for text in task.text_of(row).split("\x1f")]
 
 
 def _tune(
@@ -262,6 +290,19 @@ def _tempo(recipe: Recipe, model: Any, method: Any, head: list[str], per_epoch: 
     return rates, timetable
 
 
+def _look_at_all(recipe: Recipe, facts: dict[str, Any], encoded: dict[str, Any]) -> list[str]:
+    """`_look_at`; of several data sets each by itself, and the lengths of all together."""
+    if not recipe.tasks:
+        return _look_at(facts, encoded, recipe.data.max_length)
+    notes = []
+    for name, one in recipe.tasks.items():
+        own = {split: fact["tasks"][name] for split, fact in facts.items()}
+        found = _look_at(own, {split: tokens.parts[name] for split, tokens in encoded.items()}, one.data.max_length)
+        notes += [f"{name}: {note}" for note in found]
+    _look_at(facts, encoded, recipe.data.max_length)
+    return notes
+
+
 def _look_at(facts: dict[str, Any], encoded: dict[str, encode.Encoded], max_length: int) -> list[str]:
     """Add the lengths to the facts; returns what a user should know about leaks and cut texts."""
     notes = []
@@ -283,14 +324,30 @@ def _windows(recipe: Recipe, task: Any, train: encode.Encoded, device: torch.dev
     budget = recipe.train.micro_batch_tokens
     if budget == "auto":
         budget = 1024 if device.type == "cpu" else 16384  # a CPU's caches like small batches, a GPU large ones
-    return windows.Windows(
-        train, task.items, batch_size=recipe.train.batch_size, tokens=int(budget), seed=recipe.seed, packed=packed,
-        rank=distributed.rank(), world=distributed.world(),
-    )  # fmt: skip
+    how: dict[str, Any] = {
+        "batch_size": recipe.train.batch_size, "tokens": int(budget), "seed": recipe.seed, "packed": packed,
+        "rank": distributed.rank(), "world": distributed.world(),
+    }  # fmt: skip
+    if isinstance(train, several.Joined):
+        return several.Mixed(train, task.items, mixing=recipe.data.mixing, temperature=recipe.data.temperature, **how)
+    return windows.Windows(train, task.items, **how)
 
 
 def _probe(train: encode.Encoded, device: torch.device) -> dict[str, torch.Tensor]:
     return {k: v.to(device) for k, v in train.unlike().items() if k in INPUTS}
+
+
+def _every_split(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, Any]:
+    """`_splits`; of several tasks those of each, joined."""
+    if not task.parts:
+        return _splits(recipe, task, folders, notes)
+    made = {}
+    for name, part in task.parts.items():
+        told: list[str] = []
+        made[name] = _splits(recipe.part(name), part, folders, told)
+        notes += [f"{name}: {note}" for note in told]
+    first = next(iter(made.values()))
+    return {split: several.join({name: own[split] for name, own in made.items()}) for split in first}
 
 
 def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[str]) -> dict[str, rows.Split]:
@@ -298,10 +355,10 @@ def _splits(recipe: Recipe, task: Any, folders: tuple[Path, ...], notes: list[st
     data = recipe.data
     options: dict[str, Any] = {"folders": folders, "format": data.format, "names": data.names, "quoting": data.quoting,
                                "bad_rows": data.bad_rows, "way_out": recipe.way_out}  # fmt: skip
-    where = f"{recipe.where('data.columns')}: data.columns"
+    where = recipe.at("data.columns")
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
     tables = {
-        name: read.read(files, f"{recipe.where(f'data.{name}')}: data.{name}", **options)
+        name: read.read(files, recipe.at(f"data.{name}"), **options)
         for name, files in sources.items() if isinstance(files, list)
     }  # fmt: skip
     if data.train_limit:

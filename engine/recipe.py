@@ -6,23 +6,24 @@
 All errors come at once, each with file:line, key and the nearest right name.
 """
 
+import copy
 import json
 import re
-import types
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, create_model
-from pydantic_core import PydanticUndefined
 
 from engine import find, override, trust, yaml12
 from engine.errors import InputError, listing, nearest, quoted
-from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Group, Model, Schema, SwapRule, Train, Tune
+from engine.keys import fields
+from engine.schema import Checkpoint, Data, EarlyStopping, Evaluate, Model, Part, Schema, SwapRule, Train, Tune
 
 NAME = re.compile(r"[^\W_][\w.+ -]*")
+TASK_NAME = re.compile(r"[^\W\d_][\w-]{0,39}")  # a folder and a key of its own
+TAKEN = ("mean", "loss")  # scores of all tasks together
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Recipe:
     seed: int
     model: Model
     data: Any  # Data with the options of its task
+    tasks: dict[str, Any]  # of multitask: name -> Part
     swap: list[SwapRule]
     tune: Any  # Tune with the options of its method
     train: Train
@@ -55,20 +57,46 @@ class Recipe:
     checkpoint: Checkpoint
 
     def __init__(
-        self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], home: Home, code: Callable[[str], str] = str
-    ):
-        self.__dict__.update({name: getattr(values, name) for name in Schema.model_fields})
+        self, values: Schema, raw: dict[str, Any], where: Callable[[str], str], home: Home, code: Callable[[str], str] = str,
+        tasks: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        self.__dict__.update({name: getattr(values, name) for name in Schema.model_fields} | {"tasks": tasks or {}})
+        self.within = ""  # "tasks.NAME." of a recipe that is one of multitask's
         self.raw, self.where, self.home = raw, where, home
         self.code = code  # "file.py:Class" -> what is loaded for it (engine/trust.py)
         self.stand_in: dict[str, Any] = {}  # the `offline:` block, if it was used
         self.path, self.name, self.folders = home.path, home.name, home.folders
 
+    def at(self, key: str) -> str:
+        """Where a key stands and what it is called in full, as errors begin: "ner.yaml:12: data.train"."""
+        ours = self.within and key.partition(".")[0] in ("task", "data")
+        return f"{self.where(key)}: {self.within if ours else ''}{key}"
+
     def error(self, key: str, problem: str) -> InputError:
-        return InputError(f"{self.where(key)}: {key}: {problem}")
+        return InputError(f"{self.at(key)}: {problem}")
+
+    def part(self, name: str) -> "Recipe":
+        """One of multitask's tasks as a recipe of its own: its task, data and metrics; all else is this recipe's."""
+        one, part, whole, within = copy.copy(self), self.tasks[name], self.where, f"tasks.{name}."
+        own = (self.raw["tasks"][name].get("data") or {}).keys()
+        one.task, one.data, one.tasks, one.within = part.task, part.data, {}, within
+        one.evaluate = self.evaluate.model_copy(update={"metrics": part.metrics})
+
+        def where(key: str) -> str:
+            group, _, rest = key.partition(".")
+            first = rest.partition(".")[0]
+            inherited = group == "data" and first not in own and first in (self.raw.get("data") or {})
+            if key == "evaluate.metrics":
+                return whole(within + "metrics")
+            return whole(within + key) if group in ("task", "data") and not inherited else whole(key)
+
+        one.where = where
+        return one
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults written out; reads back as the same recipe."""
-        return {name: _plain(getattr(self, name)) for name in Schema.model_fields if name != "offline"}
+        names = [name for name in Schema.model_fields if name != "offline" and (name != "tasks" or self.tasks)]
+        return {name: _plain(getattr(self, name)) for name in names}
 
     def record(self) -> dict[str, Any]:
         """`resolved`, and the `offline:` block if its keys are among the values."""
@@ -219,20 +247,65 @@ def _check(
                     data = find.module(kind, name, place(key)).Options
             except InputError as error:
                 problems.append(str(error))
-    schema = create_model("Recipe", __base__=Schema, tune=(options, Field(default_factory=options)), data=(data, ...))
+    schema = create_model(
+        "Recipe", __base__=Schema, tune=(options, Field(default_factory=options)), data=(data, ...),
+        tasks=(dict[str, Any], Field(default_factory=dict)),
+    )  # fmt: skip
+    tasks, wrong = _tasks(raw, place)
     try:
         values = schema.model_validate(raw)
     except ValidationError as error:
         problems += [p for e in error.errors() if (p := _problem(e, schema, raw, place)) not in problems]
-        raise InputError(listing(problems)) from error
-    problems += _cross_checks(values, place)
+        raise InputError(listing(problems + wrong)) from error
+    problems += wrong or _cross_checks(values, tasks, place)
     if problems:
         raise InputError(listing(problems))
-    return Recipe(values, raw, place, home, code)
+    return Recipe(values, raw, place, home, code, tasks)
 
 
-def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str], str]) -> str:
-    """One pydantic error as a line for people."""
+def _tasks(raw: dict[str, Any], where: Callable[[str], str]) -> tuple[dict[str, Part], list[str]]:
+    """multitask's tasks, each with the recipe's `data` as defaults, and what is wrong with them."""
+    given, shared = raw.get("tasks"), raw.get("data")
+    if raw.get("task") != "multitask":
+        return {}, [f"{where('tasks')}: tasks: only `task: multitask` has tasks"] if given else []
+    if not isinstance(given, dict) or not given:
+        return {}, [
+            f"{where('tasks')}: tasks: multitask needs some: {{NAME: {{task: classification, data: {{train: FILE}}}}, ...}}"
+        ]
+    shared = {k: v for k, v in shared.items() if k in Data.model_fields} if isinstance(shared, dict) else {}
+    made, problems = {}, []
+    for name, one in given.items():
+        key = f"tasks.{name}"
+        if not TASK_NAME.fullmatch(str(name)) or name in TAKEN:
+            problems.append(f"{where('tasks')}: tasks: {quoted(name)} is no name of a task: a letter, then letters, digits, _ and -; "
+                            f"not {' and not '.join(TAKEN)}")  # fmt: skip
+            continue
+        own = one.get("data", {}) if isinstance(one, dict) else None
+        if not isinstance(own, dict):
+            problems.append(f"{where(key)}: {key}: a group of keys is needed, with its data as one, not {quoted(one)}")
+            continue
+        kind, known = one.get("task"), [n for n in find.names("tasks") if n != "multitask"]
+        if isinstance(kind, str) and kind not in known:
+            problems.append(
+                f"{where(key + '.task')}: {key}.task: no task '{kind}' that can be one of several{nearest(kind, known)}"
+            )
+            continue
+        data: type[BaseModel] = Data
+        if isinstance(kind, str) and find.offers("tasks", kind, "Options"):
+            data = find.module("tasks", kind, where(key)).Options
+        schema, whole = create_model("Part", __base__=Part, data=(data, ...)), {**one, "data": {**shared, **own}}
+        try:
+            made[name] = schema.model_validate(whole)
+        except ValidationError as error:
+            for e in error.errors():
+                _, at, *_ = [*map(str, e["loc"]), "", ""]
+                if e["type"] == "missing" or at in own or at not in shared:  # else it is told at the recipe's own data
+                    problems.append(_problem(e, schema, whole, lambda k, key=key: where(f"{key}.{k}"), f"{key}."))  # type: ignore[misc]
+    return made, problems
+
+
+def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str], str], before: str = "") -> str:
+    """One pydantic error as a line for people; `before` the key stands what it lies in."""
     given = raw
     parts: list[str] = []  # the location without the names that pydantic adds for members of a union
     for part in error["loc"]:
@@ -245,13 +318,13 @@ def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str
         elif error["type"] == "missing":
             parts.append(str(part))
     key = ".".join(parts)
-    shown_key = quoted(key, 100)[1:-1]
+    shown_key = before + quoted(key, 100)[1:-1]
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        known = [k for k, _ in _fields(schema, parts[:-1])]
+        known = [k for k, _ in fields(schema, parts[:-1])]
         return f"{where(key)}: {shown_key}: unknown key{nearest(parts[-1], known)}"
     if kind == "missing":
-        return f"{where(key)}: {key}: this key is required and missing"
+        return f"{where(key)}: {before}{key}: this key is required and missing"
     message = {
         "int_type": "a whole number is needed",
         "float_type": "a number is needed",
@@ -268,11 +341,20 @@ def _problem(error: Any, schema: type[BaseModel], raw: Any, where: Callable[[str
     return f"{where(key)}: {shown_key}: {message}, not {quoted(given)}"
 
 
-def _cross_checks(values: Schema, where: Callable[[str], str]) -> list[str]:
+def _cross_checks(values: Schema, tasks: dict[str, Part], where: Callable[[str], str]) -> list[str]:
     """What no single key can know."""
     problems = []
     stop = values.early_stopping
-    if stop and values.data.validation is None:
+    data: dict[str, Any] = {name: one.data for name, one in tasks.items()}
+    for split in ("validation", "test"):
+        without = [name for name, one in data.items() if getattr(one, split) is None]
+        if 0 < len(without) < len(data):
+            problems.append(f"{where(f'tasks.{without[0]}.data')}: tasks.{without[0]}.data.{split}: missing, and other tasks have one; "
+                            "give each task one, or none")  # fmt: skip
+    for name, one in data.items():
+        if one.labels and len(set(one.labels)) < len(one.labels):
+            problems.append(f"{where(f'tasks.{name}.data.labels')}: tasks.{name}.data.labels: a label stands there twice")
+    if stop and [one for one in (data or {"": values.data}).values() if one.validation is None]:
         problems.append(f"{where('early_stopping')}: early_stopping: needs data.validation: a file, or a fraction such as 0.1")
     if stop and stop.monitor != "loss" and values.evaluate.metrics and stop.monitor not in values.evaluate.metrics:
         hint = nearest(stop.monitor, [*values.evaluate.metrics, "loss"])
@@ -295,26 +377,11 @@ def _cross_checks(values: Schema, where: Callable[[str], str]) -> list[str]:
     return problems
 
 
-def _fields(schema: type[BaseModel], path: list[str]) -> list[tuple[str, Any]]:
-    """The keys of the group at `path`."""
-    for part in path:
-        if part.isdigit():
-            continue
-        field = next((f for n, f in schema.model_fields.items() if part in (n, f.alias)), None)
-        schema = _group_of(field.annotation) if field else Group
-    return [(field.alias or name, field) for name, field in schema.model_fields.items()]
-
-
-def _group_of(annotation: Any) -> type[BaseModel]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = [_group_of(a) for a in typing.get_args(annotation)]
-    return next((g for g in inner if g is not Group), Group)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(by_alias=True)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
@@ -325,77 +392,3 @@ def shown(path: Path) -> str:
     except (OSError, RuntimeError):  # a loop of links
         return str(path)
     return next((str(whole.relative_to(base)) for base in (Path.cwd(), find.PROJECT) if whole.is_relative_to(base)), str(path))
-
-
-# -- describe ---------------------------------------------------------------------------------------------------------
-
-
-def describe() -> list[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key, in the recipe's order, options of all methods included."""
-    rows: list[tuple[str, str, str, str]] = []
-    for key, field in _fields(Schema, []):
-        group = _group_of(field.annotation)
-        if group is Group:
-            rows.append((key, _type(field), _default(field), field.description or ""))
-            continue
-        prefix = f"{key}[]" if key == "swap" else key
-        rows += _described(group, prefix)
-        for kind, group in (("tune", Tune), ("tasks", Data)):
-            for name in find.names(kind) if key == {"tune": "tune", "tasks": "data"}[kind] else []:
-                options = getattr(find.module(kind, name, "describe"), "Options", group)
-                rows += [
-                    (f"{key}.{k}", _type(f), _default(f), f"({name}) {f.description or ''}")
-                    for k, f in _fields(options, [])
-                    if k not in group.model_fields
-                ]
-    return rows
-
-
-def _described(group: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
-    """The keys of a group, and of the groups in it that stand below one key of their own."""
-    rows = []
-    for k, f in _fields(group, []):
-        inner = _group_of(f.annotation)
-        if inner is not Group and typing.get_origin(_plain_type(f.annotation)) is not list:
-            if f.description:
-                rows.append((f"{prefix}.{k}", _type(f), _default(f), f.description))
-            rows += _described(inner, f"{prefix}.{k}")
-        else:
-            rows.append((f"{prefix}.{k}", _type(f), _default(f), f.description or ""))
-    return rows
-
-
-def _plain_type(annotation: Any) -> Any:
-    """`list[X] | None` -> list[X]; others as they are."""
-    lists = [a for a in typing.get_args(annotation) if typing.get_origin(a) is list]
-    return lists[0] if lists else annotation
-
-
-def _type(field: Any) -> str:
-    said = [m for m in field.metadata if isinstance(m, str)]
-    return said[0] if said else _type_name(field.annotation)
-
-
-def _type_name(annotation: Any) -> str:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "a group of keys"
-    if origin is typing.Annotated:
-        return next((m for m in args[1:] if isinstance(m, str)), _type_name(args[0]))
-    if origin is typing.Literal:
-        return " | ".join(map(str, args))
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type_name(a) for a in args if a is not types.NoneType)
-    if origin is list:
-        return f"list of {_type_name(args[0])}"
-    plain = {str: "text", int: "whole number", float: "number", bool: "true | false", dict: "mapping"}
-    return plain.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined or value is None:
-        return "none"
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

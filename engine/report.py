@@ -64,14 +64,18 @@ def write(folder: Path) -> Path:
             figure = _matrix(numbered[name])
         disk.replace(plots / f"{name}.png", _saved(figure, "png", {"Software": None}))
     judged = [task.wrong(row) for row in rows]
-    for fact in by_event["data"][0]["splits"].values():
-        fact["summary"] = task.summary(fact)
+    data = {}
+    for name, fact in by_event["data"][0]["splits"].items():
+        data[name] = fact | {"summary": task.summary(fact)}
+        for part, one in fact.get("tasks", {}).items():
+            summary = find.module("tasks", one["task"], str(folder)).Task.summary(one)
+            data[f"{name}: {part}"] = one | {"summary": summary}
     page = _template().render(
         folder=folder.name, recipe_text=(folder / "recipe.yaml").read_text("utf-8"), recipe=recipe, results=results,
         environment=environment, final=final, images=images, rows=len(rows), wrong=None if None in judged else sum(judged),
         plots=[(block.name, block.title) for block in drawn], tables=[block for block in shown if isinstance(block, Table)],
         examples=[block for block in [*shown, task.mistakes(rows)] if isinstance(block, Examples)], cell=shown_text,
-        data=by_event["data"][0]["splits"], model=by_event["model"][0], plan=by_event["plan"][0],
+        data=data, model=by_event["model"][0], plan=by_event["plan"][0],
         notes=[n["note"] for n in by_event.get("note", [])], kernels=[k["found"] for k in by_event.get("kernels", [])],
         seconds=by_event.get("finished", [{}])[-1].get("seconds"), headline=by_event["plan"][0]["metrics"] if final else [],
         skipped=by_event.get("skipped", []),

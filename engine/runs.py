@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,48 +159,71 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
 
     folder = locate(run)
     recipe = recipe_of(folder, overrides, allow_code)
-    if not (folder / "model" / "config.json").exists():
+    if not (folder / "model").exists():
         raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
-    vet.folder(folder / "model", str(folder))
     task = task_of(folder, recipe)
+    for place in task.parts or [""]:
+        vet.folder(folder / "model" / place, str(folder))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder / "model" / next(iter(task.parts), ""), local_files_only=True
+        )
     except Exception as error:  # the kinds that a damaged tokenizer raises are many
         raise InputError(f"{folder / 'model'}: the tokenizer cannot be loaded: {str(error).strip()[:200]}") from error
-    auto = getattr(transformers, task.auto_class)
     options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
     method = method_of(folder, recipe)
     if recipe.swap or getattr(method, "STAYS", False):
-        model = _rebuild(folder, recipe, method, auto)
+        model = _rebuild(folder, recipe, method, task)
     else:
-        model = auto.from_pretrained(folder / "model", **options)
+        model = model_of(task, lambda auto, place: auto.from_pretrained(folder / "model" / place, **options))
     metrics = json.loads((folder / "metrics.json").read_text("utf-8")) if (folder / "metrics.json").exists() else {}
     return Run(folder, recipe, task, model.eval(), tokenizer, metrics)
 
 
-def task_of(folder: Path, recipe: Recipe) -> Any:
+def task_of(folder: Path, recipe: Recipe, place: str = "") -> Any:
     """The run's task with all that it learnt beside the weights (labels, scale, threshold), from the saved model's config."""
     task = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task(recipe.data.columns, options=recipe.data)
-    task.restore(json.loads((folder / "model" / "config.json").read_text("utf-8")))
+    if recipe.tasks:
+        task.hold({name: task_of(folder, recipe.part(name), name) for name in recipe.tasks}, recipe.tasks)
+    else:
+        task.restore(json.loads((folder / "model" / place / "config.json").read_text("utf-8")))
     return task
 
 
-def _rebuild(folder: Path, recipe: Recipe, method: Any, auto: Any) -> Any:
+def model_of(task: Any, make: Callable[[Any, str], Any]) -> Any:
+    """make(auto class, folder in model/), or what it makes for each of several tasks, on one body."""
+    import transformers
+
+    from engine.together import Together
+
+    if not task.parts:
+        return make(getattr(transformers, task.auto_class), "")
+    return Together({name: make(getattr(transformers, part.auto_class), name) for name, part in task.parts.items()})
+
+
+def _rebuild(folder: Path, recipe: Recipe, method: Any, task: Any) -> Any:
     """A model with layers of its own: the plain architecture, the layers put in again as in training, then the weights."""
     import transformers
     from safetensors.torch import load_file
 
     from engine import models, swap
 
-    config = transformers.AutoConfig.from_pretrained(folder / "model", local_files_only=True)
-    model = auto.from_config(config)
+    def plain(auto: Any, place: str) -> Any:
+        return auto.from_config(transformers.AutoConfig.from_pretrained(folder / "model" / place, local_files_only=True))
+
+    model = model_of(task, plain)
     if recipe.swap:
         swap.apply_rules(model, stored_rules(folder, recipe), recipe.where)
     if getattr(method, "STAYS", False):
         getattr(method, "rebuild", method.apply)(model, recipe.tune, models.head_of(model, []))
-    state = {name: t for file in sorted((folder / "model").glob("*.safetensors")) for name, t in load_file(file).items()}
+    state = {
+        model.path_in(place, name) if place else name: t
+        for place in task.parts or [""]
+        for file in sorted((folder / "model" / place).glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:

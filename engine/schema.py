@@ -161,6 +161,19 @@ class Data(Group):
     )
 
 
+class Part(Group):
+    """One of the tasks that share an encoder (task: multitask)."""
+
+    task: str = Field(description="classification, ... (any task but multitask).")
+    data: Annotated[dict[str, Any], "keys of `data`"] = Field(
+        default_factory=dict, description="Its own keys of `data`; what stands in the recipe's `data` is the default of all."
+    )
+    weight: float = Field(1.0, gt=0, description="What its loss is multiplied by.")
+    metrics: list[str] | None = Field(
+        None, min_length=1, description="Its headline metrics; the first goes into the mean. By default its task's first."
+    )
+
+
 class SwapRule(Group):
     """One replacement: every module that `at` matches is built anew by `with`."""
 
@@ -288,6 +301,7 @@ class Schema(Group):
     seed: int = Field(13, ge=0, description="Decides data order, fresh weights and dropout.")
     model: Model
     data: Data
+    tasks: dict[str, Part] = Field(default_factory=dict, description="Of multitask: its tasks by name.")
     swap: list[SwapRule] = Field(default_factory=list, description="Custom layers put into the pretrained model.")
     tune: Tune = Tune()
     train: Train = Train()

@@ -199,16 +199,17 @@ def apply_rules(model: nn.Module, rules: list[Any], where: Callable[[str], str],
         )
     readers = [path for path, m in model.named_modules() if hasattr(type(m), "READS")]
     if readers:
-        model.register_forward_pre_hook(_hand_over(readers), with_kwargs=True)
+        for called in (model, *getattr(model, "heads", {}).values()):  # several heads on one body are called by themselves
+            called.register_forward_pre_hook(_hand_over(model, readers), with_kwargs=True)
     return done
 
 
-def _hand_over(readers: list[str]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _hand_over(root: nn.Module, readers: list[str]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     """A layer whose class says READS = "attention_mask" finds the model's input of that name as an attribute of its own."""
 
     def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for path in readers:
-            layer = model.get_submodule(path)
+            layer = root.get_submodule(path)
             setattr(layer, str(layer.READS), kwargs.get(str(layer.READS)))
 
     return hook

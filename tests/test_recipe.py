@@ -8,7 +8,8 @@ from conftest import BASE, MakeRecipe
 
 from engine import find, yaml12
 from engine.errors import InputError
-from engine.recipe import available, describe, load
+from engine.keys import describe
+from engine.recipe import available, load
 from engine.schema import Tune
 
 

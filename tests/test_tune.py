@@ -272,7 +272,7 @@ def test_a_new_method_is_one_new_file(recipe: MakeRecipe, tmp_path: Path, monkey
     import sys
 
     import engine.tune
-    from engine.recipe import describe
+    from engine.keys import describe
     from engine.runs import open_run
 
     (tmp_path / "more").mkdir()

@@ -90,6 +90,8 @@ def split_off(
 
 def facts(splits: dict[str, Split], task: Any) -> dict[str, Any]:
     """What the data are like: counts, duplicates, texts that stand in two splits."""
+    if task.parts:
+        return _facts_of_each(splits, task)
     out: dict[str, Any] = {}
     texts = {name: [task.text_of(row) for row in split.table.rows] for name, split in splits.items()}
     for name, split in splits.items():
@@ -104,4 +106,20 @@ def facts(splits: dict[str, Split], task: Any) -> dict[str, Any]:
         for other in earlier:
             both = set(texts[other])
             out[name][f"also_in_{other}"] = sum(text in both for text in texts[name])
+    return out
+
+
+def _facts_of_each(splits: dict[str, Any], task: Any) -> dict[str, Any]:
+    """Of several data sets: their sums, and each one's own under "tasks"."""
+    each = {name: facts({split: s.parts[name] for split, s in splits.items()}, part) for name, part in task.parts.items()}
+    out: dict[str, Any] = {}
+    for split in splits:
+        of = {name: {"task": type(task.parts[name]).__module__.rpartition(".")[2], **one[split]} for name, one in each.items()}
+        counted = [
+            key
+            for key in next(iter(of.values()))
+            if key in ("rows_read", "rows_used", "duplicates") or key.startswith("also_in_")
+        ]
+        dropped = sum((Counter(one["dropped"]) for one in of.values()), Counter[str]())
+        out[split] = {key: sum(one[key] for one in of.values()) for key in counted} | {"dropped": dict(dropped), "tasks": of}
     return out

@@ -56,11 +56,23 @@ class Windows:
         """The permutation of the split in this epoch, (N,): a pure function of (seed, epoch)."""
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(self.encoded))
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Window]:
-        """The windows of one epoch from number `skip` on; the last one may be shorter."""
+    def plan(self, epoch: int) -> list[Array]:
+        """The rows of each window of the epoch; the last one may be shorter."""
         order = self.order(epoch)
-        for start in range(skip * self.batch_size, len(order), self.batch_size):
-            yield self.window(order[start : start + self.batch_size], epoch)
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Window]:
+        """The windows of one epoch from number `skip` on."""
+        for rows in self.plan(epoch)[skip:]:
+            yield self.window(rows, epoch)
+
+    def unlike(self) -> list[Window]:
+        """A window of each kind that there is, for a look at what a run would do."""
+        return [self.window(self.plan(0)[0])]
+
+    def said(self) -> str:
+        """Whose windows an epoch has, where there are several data sets."""
+        return ""
 
     def window(self, rows: Array, epoch: int = 0) -> Window:
         batches = [self.encoded.batch(part, (self.seed, epoch)) for part in self.parts(rows, self.rank)]
@@ -143,19 +155,19 @@ def fitting(by_length: Array, lengths: Array, tokens: int) -> list[Array]:
 
 def describe_plan(windows: Windows, epochs: int, max_steps: int | None) -> dict[str, Any]:
     """The arithmetic of a run: windows, steps and what padding costs, from the first epoch's plan."""
-    lengths, order = windows.encoded.lengths, windows.order(0)
-    padded = parts = 0
-    for start in range(0, len(order), windows.batch_size):
-        rows = order[start : start + windows.batch_size]
+    lengths = windows.encoded.lengths
+    real = padded = parts = 0
+    for rows in windows.plan(0):
+        real += int(lengths[rows].sum())
         for part in (part for rank in range(windows.world) for part in windows.parts(rows, rank)):
             padded += int(lengths[part].sum()) if windows.packed else len(part) * int(lengths[part].max())
             parts += 1
     steps = windows.per_epoch * epochs
     return {
-        "examples": len(order),
+        "examples": len(lengths),
         "windows_per_epoch": windows.per_epoch,
         "steps": min(steps, max_steps or steps),
         "micro_batches_per_window": round(parts / windows.per_epoch, 2),
-        "real_tokens": int(lengths.sum()),
+        "real_tokens": real,
         "padded_tokens": padded,
     }

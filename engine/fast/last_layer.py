@@ -222,10 +222,10 @@ def reads_first(model: Any, probe: dict[str, Tensor]) -> bool:
     handle = last_block(model).register_forward_hook(hook)
     try:
         with eval_mode(model), torch.enable_grad():
-            (found,) = torch.autograd.grad(weighed(answers(model, probe)), cut, allow_unused=True)
+            found = torch.autograd.grad(weighed(answers(model, probe)), cut, allow_unused=True)  # of each head, if there are several
     finally:
         handle.remove()
-    return found is not None and not bool(found[:, 1:].any())
+    return all(one is not None and not bool(one[:, 1:].any()) for one in found)
 
 
 def install(

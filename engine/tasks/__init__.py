@@ -13,6 +13,8 @@ About the task
     metrics           name -> function(*arrays) -> float (engine/metrics.py has tables); default_metrics: the headline ones
     answer            the key of `predict`'s lines that holds the prediction: label, labels, value, entities, answer, text
     per_token         whether output is (B, T, K), to be trimmed to each example's T; else (B, ...)
+    full_marks        what a perfect model scores by the first of default_metrics, 1 or 100
+    parts             multitask's tasks by name; empty for all others
     padding           ragged column -> what fills it up (labels: -100, others: 0, unless said here)
     class Options(schema.Data)     of the module, where the task has keys of its own beside data.*; self.options holds them
 
@@ -41,10 +43,12 @@ Judgement
     calibrate(judged, aim)         choose by the validation split (a threshold, for the metric `aim`); True if something changed.
                                    Called at each evaluation of validation, so the kept choice is that of the best weights.
     predictions(outputs, encoded, rows)    one dict a ROW, with "prediction"; besides probabilities, value, entities, ...
+    lines(outputs, judged, encoded, rows)  predictions/SPLIT.jsonl: each row with its truth, prediction and loss
     detail(judged)                 JSON for metrics.json
     sections(detail, lines), mistakes(lines)   class methods: blocks.Block to draw, from metrics.json and predictions/ alone
 
 Kept with the model
+    heads(model)                   (folder in model/, task, model) of each model that is saved
     finish(model)                  the last touch before it is saved (regression folds its scale into the head)
     state() / restore(config)      what config.json keeps as "task_state" beside the labels / the task again from config.json
 

@@ -53,6 +53,8 @@ class Base:
     answer: ClassVar[str] = "label"
     per_token: ClassVar[bool] = False
     padding: ClassVar[dict[str, int]] = {}
+    full_marks: ClassVar[float] = 1.0  # what a perfect model scores by the first of default_metrics
+    parts: dict[str, "Base"] = {}  # noqa: RUF012 (multitask alone has any: its tasks by name)
 
     def __init__(self, columns: dict[str, Any], labels: list[str] | None = None, options: Any = None):
         name = type(self).__module__.rpartition(".")[2]
@@ -118,6 +120,10 @@ class Base:
     def model_options(self) -> dict[str, Any]:
         return {}
 
+    def heads(self, model: Any) -> list[tuple[str, Any, Any]]:
+        """(folder in model/, task, model) of what is saved: one model, in model/ itself."""
+        return [("", self, model)]
+
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Logits of the head, float32."""
         logits: Tensor = model(**{name: batch[name] for name in INPUTS if name in batch}).logits
@@ -146,6 +152,11 @@ class Base:
 
     def calibrate(self, judged: Judged, aim: str) -> bool:
         return False
+
+    def lines(self, outputs: Any, judged: Judged, encoded: Any, rows: list[Row]) -> list[dict[str, Any]]:
+        """One object a row, in the file's order: its columns, the truth, the prediction, its loss."""
+        made = zip(rows, self.predictions(outputs, encoded, rows), judged.means.tolist(), strict=True)  # type: ignore[attr-defined]
+        return [{**row, "label": self.gold(row), **one, "loss": loss} for row, one, loss in made]  # type: ignore[attr-defined]
 
     def detail(self, judged: Judged) -> dict[str, Any]:
         return {}

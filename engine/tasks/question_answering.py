@@ -88,6 +88,7 @@ class Task(Base):
         "unanswerable_exact_match": lambda exact, f1, answerable, *_: _mean(exact[~answerable]),
     }
     answer: ClassVar[str] = "answer"
+    full_marks: ClassVar[float] = 100.0
     per_token: ClassVar[bool] = True
     padding: ClassVar = {"begin": -1, "end": -1}
     header: ClassVar = [("truth", "good"), ("predicted", "bad")]

@@ -130,7 +130,10 @@ def attach(model: Any, vectors: Tensor, network: nn.Module | None, head: list[st
     body = getattr(model, model.base_model_prefix, model)
     decoder = getattr(body, "decoder", None) if hasattr(body, "encoder") else None
     stack = body.encoder if decoder is not None or model.config.is_encoder_decoder else body
-    whole = decoder is not None or _reads_first(model)
+    reads_first = {_reads_first(one) for one in [*getattr(model, "heads", {}).values()] or [model]}
+    if len(reads_first) > 1:
+        raise InputError("tune.method: some of the heads read the first position alone, so one prompt cannot serve all tasks")
+    whole = decoder is not None or reads_first.pop()
     arguments = list(inspect.signature(stack.forward).parameters)
     if "inputs_embeds" not in arguments:
         raise InputError(f"tune.method: {model.config.model_type} takes no embeddings as input, so it takes no prompt")
