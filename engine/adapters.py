@@ -174,9 +174,12 @@ def load(model: Any, method: Any, options: Any, adapter: Adapter, head: list[str
     A head of another size, that is for other labels, stays fresh. Whatever else does not fit is an error.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied one may be named by either of its places
+    tied = parameters.keys() - dict(model.named_parameters()).keys()
     left, taken, fresh = {}, 0, []
     for name, tensor in adapter.tensors.items():
-        if name in parameters and parameters[name].shape == tensor.shape:
+        if name in tied and not parameters[name].requires_grad and not torch.equal(parameters[name], tensor):
+            left[name] = tensor  # it would change the base
+        elif name in parameters and parameters[name].shape == tensor.shape:
             parameters[name].copy_(tensor)
             taken += 1
         elif name in parameters and _under(name, head):
