@@ -8,6 +8,7 @@ base          after training every other parameter is bit-equal
 padding       a row alone gives what it gives in a padded batch
 accumulation  gradients summed over uneven micro-batches equal those of the whole batch
 bfloat16      under autocast the loss is near and gradients are finite
+working       with bfloat16 weights too; what trains has its gradient in float32, and every bit of the others comes back
 checkpointing gradient checkpointing changes no gradient
 reload        saved and loaded it computes the same
 merge         merged it is the plain architecture and computes the same
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from engine import adapters, find, freeze, models
 from engine.errors import InputError
+from engine.fast import weights
 from engine.layers.quantized import quantized
 
 CASES: dict[str, dict[str, Any]] = {
@@ -251,6 +253,24 @@ def bfloat16(one: Tuned) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+def working(one: Tuned) -> None:
+    """train.weights: bfloat16: near in value, a finite gradient at the float32 master of all that trains, and every bit comes back."""
+    model = still(copy.deepcopy(one.model))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    expected = F.cross_entropy(model(**batch()).logits, LABELS)
+    masters = weights.Masters(model, "bfloat16")
+    loss = F.cross_entropy(model(**batch()).logits.float(), LABELS)
+    loss.backward()
+    assert abs(loss.item() - expected.item()) < 0.05 * expected.item() + 0.02
+    found = {n for n, p in model.named_parameters() if freeze.moved(p).grad is not None}
+    assert found <= one.own
+    assert one.case == "full" or found == one.own, one.own - found
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(torch.isfinite(freeze.moved(p).grad).all() for n, p in model.named_parameters() if n in found)
+    masters.restore()
+    assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in model.named_parameters())
+
+
 def checkpointing(one: Tuned) -> None:
     model = still(copy.deepcopy(one.model))
     expected = gradients(model)
@@ -279,7 +299,7 @@ def merge(one: Tuned) -> None:
 
 
 LAWS: list[Callable[[Tuned], None]] = [
-    identity, own_gradients, base_bit_equal, padding, accumulation, bfloat16, checkpointing, reload, merge,
+    identity, own_gradients, base_bit_equal, padding, accumulation, bfloat16, working, checkpointing, reload, merge,
 ]  # fmt: skip
 
 

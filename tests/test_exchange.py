@@ -181,6 +181,17 @@ def test_a_merge_that_changes_the_outputs_is_refused(recipe: MakeRecipe, monkeyp
     assert (Path("r/adapter") / adapters.WEIGHTS).exists()  # nothing that was learnt is lost
 
 
+@pytest.mark.parametrize("more", ["", ", quantize: nf4, block: 16", ", dora: true", ", init: pissa"])
+def test_the_head_may_be_a_target_too(recipe: MakeRecipe, more: str) -> None:
+    """It trains whole and has an update besides; merged or not, the run gives what it learnt."""
+    tune = "{method: lora, r: 2, at: ['**.query', classifier]" + more + "}"
+    finetune.finetune(recipe(f"tune={tune}", *FAST), "r", **QUIET)
+    unmerged, _ = bases.open_unmerged("r")
+    trains = {n for n, p in unmerged.model.named_parameters() if p.requires_grad and n.startswith("classifier.")}
+    assert {"classifier.base.weight", "classifier.base.bias", "classifier.lora_A", "classifier.lora_B"} <= trains
+    assert torch.allclose(logits(unmerged.model), logits(runs.open_run("r").model), atol=1e-5)
+
+
 def test_a_head_that_is_tied_to_the_embeddings_leaves_them_to_the_base(bert: Path, tmp_path: Path) -> None:
     """adapter/ of a masked language model holds the head without the decoder's weight; one that holds it, the same, is read."""
     from laws import apply

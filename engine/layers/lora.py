@@ -125,13 +125,14 @@ class LoRALinear(Around):
             return LowRank.apply(self.base(x), self.dropout(x), self.lora_A, self.lora_B, self.scaling)  # type: ignore[no-any-return,no-untyped-call]
         update = self.dropout(x) @ self.lora_A.T @ self.lora_B.T  # (..., out)
         if self.start_A is not None:
-            update = update - x @ self.start_A.T @ self.start_B.T
+            update = update - x @ self.start_A.T.to(x.dtype) @ self.start_B.T.to(x.dtype)
         update = self.scaling * update
         y = self.base(x)  # (..., out)
         if self.magnitude is None:
             return y + update  # type: ignore[no-any-return]
         bias = 0.0 if self.bias is None else self.bias
-        return self.length()[:, 0] * (y - bias + update) + bias  # type: ignore[no-any-return]
+        made = self.length()[:, 0] * (y - bias + update) + bias
+        return made.to(y.dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

@@ -64,7 +64,8 @@ def apply(model: nn.Module, options: Options, head: list[str]) -> str:
         if r > max(out, wide) and not options.start:  # what another trained, PiSSA's twice the rank for instance, may be higher
             key = "tune.r_pattern" if any(matches(p, path) for p in options.r_pattern) else "tune.r"
             raise InputError(f"{key}: {r} is more than {path} is wide ({out} x {wide}); a rank is far smaller, such as 8")
-        base = quantized.QuantizedLinear.from_old(old, *how) if options.quantize else old
+        fresh = any(path == part or path.startswith(part + ".") for part in head)  # the head trains whole: it stays in float
+        base = quantized.QuantizedLinear.from_old(old, *how) if options.quantize and not fresh else old
         return LoRALinear(base, r, alpha, options.dropout, options.rslora, options.dora, options.init == "pissa")
 
     done = swap(model, options.at, build, where="tune.at")
