@@ -18,7 +18,7 @@ import torch
 
 from engine import adapters, distributed, find, freeze, models, optim, override, scratch, seeds, swap, together, vocabulary
 from engine.data import encode, read, rows, several, windows
-from engine.errors import InputError, RowError, plain, quoted
+from engine.errors import InputError, plain, quoted
 from engine.fast import frozen_cache, kernels
 from engine.fast.install import Pieces, install
 from engine.recipe import Recipe
@@ -99,7 +99,6 @@ def prepare(
     with distributed.first_alone():
         encoded = {
             name: several.encoded(task, split, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
-            name: encoded_split(task, split.table, loaded.tokenizer, recipe.data.max_length, cache, interrupted)
             for name, split in splits.items()
         }
     models.check_ids(loaded, {name: tokens.ragged["input_ids"][0] for name, tokens in encoded.items()})
@@ -126,16 +125,6 @@ def prepare(
     )  # fmt: skip
     announce(ready, say)
     return ready
-
-
-def encoded_split(
-    task: Any, table: read.Table, tokenizer: Any, max_length: int, cache: Path | None, interrupted: Callable[[], bool] = lambda: False
-) -> encode.Encoded:
-    """A split, tokenised; InputError with file:line for a row that cannot be."""
-    try:
-        return encode.encode(task, table.rows, tokenizer, max_length, cache, interrupted)
-    except RowError as error:
-        raise error.at(table.places) from error
 
 
 def announce(ready: Prepared, say: Callable[[str], None]) -> None:
