@@ -87,7 +87,7 @@ bench-scale: $(VENV)/ready-test ## how the cost grows with rows, length, layers,
 	@exec $(BIN)/python tests/bench_scale.py
 
 bench-safety: $(VENV)/ready-test ## the share of a run that goes into keeping it safe
-	@exec $(BIN)/python tests/bench_safety.py
+	@exec $(BIN)/python tests/bench_safety.py $(ARGS)
 
 lint: $(VENV)/ready-test ## style and types
 	@$(BIN)/ruff check engine tests

@@ -31,6 +31,18 @@ class InputError(EngineError):
     code = 2
 
 
+class RowError(InputError):
+    """A row that shows only when it is tokenised that it cannot be used; `row` counts from 0 among those that were given."""
+
+    def __init__(self, row: int, message: str):
+        super().__init__(message)
+        self.row = row
+
+    def at(self, places: list[str]) -> InputError:
+        """The same with file:line, from where each row stands."""
+        return InputError(f"{places[self.row]}: {self}")
+
+
 class RunError(EngineError):
     """A run that had begun cannot go on; the message says where its last good checkpoint is."""
 

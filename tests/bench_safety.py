@@ -1,6 +1,7 @@
 """What safety costs: the share of a bert_sentiment run that goes into not losing it.
 
-    make bench-safety       one run of the recipe; some minutes
+    make bench-safety                             one run of the recipe; some minutes
+    make bench-safety ARGS="train.max_steps=3"    a look at whether it works
 
 Timed in the run itself, so the machine's mood does not matter: saving and pruning checkpoints, hashing and syncing, the log,
 seeding each micro-batch, the check of numbers, locks, the data's hashes. The rest of the run is the work.
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 def main() -> int:
     """Wrap what keeps a run safe in clocks, run, print a table."""
-    from engine import checkpoint, disk, faults, finetune, recipe, runs, seeds, vet, watch
+    from engine import checkpoint, claim, disk, faults, finetune, lock, recipe, runs, seeds, vet, watch
 
     spent: dict[str, float] = {}
     inside = [0]
@@ -51,7 +52,8 @@ def main() -> int:
         clocked(faults, name, "finite weights before a save")
     clocked(vet, "folder", "a look at the model folder")
     clocked(runs, "environment", "versions, hashes, commit")
-    clocked(finetune, "own", "claim and lock of the run folder")
+    clocked(lock, "take", "claim and lock of the run folder")
+    clocked(claim, "_state", "claim and lock of the run folder")
 
     out = Path("runs/bench-safety") / time.strftime("%Y%m%d-%H%M%S")
     made = recipe.load("bert_sentiment", sys.argv[1:])

@@ -13,8 +13,10 @@ import pytest
 
 CLAIMS: dict[str, tuple[str, list[str]]] = {
     "accumulation = one big batch": (
-        "gradients of uneven micro-batches and of a short last window against plain autograd on the whole batch, 1e-6",
+        "every task: gradients of uneven micro-batches and of a short last window against plain autograd on the whole batch, 1e-6",
         [
+            "test_tasks.py::test_every_task_has_a_small_data_set",
+            "test_tasks.py::test_accumulation_is_one_big_batch",
             "test_loop.py::test_accumulated_gradients_equal_one_batch_and_plain_autograd",
             "test_loop.py::test_a_mean_of_means_would_have_failed",
         ],
@@ -35,16 +37,20 @@ CLAIMS: dict[str, tuple[str, list[str]]] = {
         ["test_packing_all.py::test_any_pieces_together_train_as_the_plain_loop"],
     ),
     "resume = never stopped": (
-        "bit-equal weights, metrics and log after a stop at every step: full, LoRA, PiSSA, QLoRA, unfreezing, accumulating bfloat16",
-        ["test_loop.py::test_resumed_at_any_step_equals_never_stopped"],
+        "bit-equal weights, optimizer, metrics and log after a stop at every step: full, LoRA, unfreezing (accumulating, bfloat16), PiSSA, QLoRA",
+        ["test_loop.py::test_resumed_at_any_step_equals_never_stopped", "test_resume.py"],
     ),
     "kill = never stopped": (
         "byte-equal weights, optimizer, metrics and log after 1 to 3 real SIGKILLs",
         ["test_kills.py::test_killed_anywhere_ends_as_never_killed"],
     ),
     "a signal = never stopped": (
-        "SIGINT, SIGTERM in training, evaluation, saving",
-        ["test_kills.py::test_a_signal_anywhere_saves_ends_and_goes_on_identically"],
+        "SIGINT, SIGTERM in training, evaluation, saving; a second one within C code",
+        [
+            "test_kills.py::test_a_signal_anywhere_saves_ends_and_goes_on_identically",
+            "test_kills.py::test_signals_that_come_together_are_one_request",
+            "test_kills.py::test_a_second_signal_ends_at_once_within_c_code_with_the_last_checkpoint_good",
+        ],
     ),
     "no power loss loses a save": (
         "every crash point, every legal state of unsynced files",
@@ -53,6 +59,18 @@ CLAIMS: dict[str, tuple[str, list[str]]] = {
     "no damage goes unnoticed": (
         "1,000 flips, truncations, deletions",
         ["test_storage.py::test_a_thousand_damages_are_all_detected_and_the_next_older_one_is_used"],
+    ),
+    "a disk that refuses = never refused": (
+        "EIO and ENOSPC at a sample of storage operations, byte-equal after going on",
+        ["test_kills.py::test_a_refusing_disk_is_an_error_that_says_all_and_costs_nothing"],
+    ),
+    "eight mutants are caught": (
+        "no file sync, no directory sync, manifest first, no hash check, log not cut, seeds not keyed, order not pure, lr not restored",
+        ["test_mutants.py"],
+    ),
+    "windows made ahead = made at once": (
+        "by another thread, the same tensors in the same order",
+        ["test_packing_all.py::test_windows_made_ahead_are_the_windows"],
     ),
     "2 ranks = 1": ("gradients, weights, evaluation", ["test_ranks.py"]),
     "every method: init = base, merge = unmerged, reload = memory, base bit-equal": (

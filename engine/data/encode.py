@@ -23,7 +23,7 @@ import torch
 
 from engine import disk
 from engine.data.read import Row
-from engine.errors import InputError
+from engine.errors import InputError, RowError
 
 VERSION = 2  # of the file's layout: part of the hash
 CHUNK = 1000  # examples tokenised between two looks at `interrupted`
@@ -109,7 +109,12 @@ def _encode(
     columns: dict[str, list[Any]] = {}
     for start in range(0, len(rows), CHUNK):
         _look(interrupted)
-        for name, values in task.encode(rows[start : start + CHUNK], tokenizer, max_length).items():
+        try:
+            chunk = task.encode(rows[start : start + CHUNK], tokenizer, max_length)
+        except RowError as error:
+            error.row += start
+            raise
+        for name, values in chunk.items():
             columns.setdefault(name, []).extend([i + start for i in values] if name == "row" else values)
     if path is None:
         return _from_columns(columns, padding)

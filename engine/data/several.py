@@ -33,6 +33,7 @@ from engine.data.encode import Array, Batch, Encoded
 from engine.data.read import Table
 from engine.data.rows import Split
 from engine.data.windows import Windows
+from engine.errors import RowError
 
 TURNS = 0x7A5C5  # beside the seed, for whose turn it is
 
@@ -90,12 +91,19 @@ def encoded(
 ) -> Encoded:
     """A split as tokens; of several data sets each as its own task sees it, up to its own length."""
     if not isinstance(split, Splits):
-        return encode.encode(task, split.table.rows, tokenizer, max_length, cache, interrupted)
+        return _encoded(task, split, tokenizer, max_length, cache, interrupted)
     made = {}
     for name, one in split.parts.items():
         of = task.parts[name]
-        made[name] = encode.encode(of, one.table.rows, tokenizer, of.options.max_length, cache, interrupted)
+        made[name] = _encoded(of, one, tokenizer, of.options.max_length, cache, interrupted)
     return Joined(made, [len(one) for one in split.parts.values()])
+
+
+def _encoded(task: Any, split: Split, tokenizer: Any, max_length: int, cache: Any, interrupted: Callable[[], bool]) -> Encoded:
+    try:
+        return encode.encode(task, split.table.rows, tokenizer, max_length, cache, interrupted)
+    except RowError as error:
+        raise error.at(split.table.places) from error
 
 
 class Mixed(Windows):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from engine.blocks import Block, Example, Examples, Table
 from engine.data.encode import Encoded
 from engine.data.read import Row
-from engine.errors import InputError, quoted
+from engine.errors import InputError, RowError, quoted
 from engine.schema import Data
 from engine.tasks._answers import answers_of, answers_problem, characters_of, context_of, null_of, shown_context, targets_of
 from engine.tasks._base import INPUTS, Base, Judged, sum_by_row
@@ -181,17 +181,17 @@ class Task(Base):
         return out
 
     def _room(self, questions: list[str], contexts: list[str], tokenizer: Any, max_length: int, stride: int) -> None:
-        """InputError for a question that leaves no room for a window of its context."""
+        """RowError for a question that leaves no room for a window of its context."""
         special = tokenizer.num_special_tokens_to_add(pair=True)
-        for question, context, ids in zip(
-            questions, contexts, tokenizer(questions, add_special_tokens=False)["input_ids"], strict=True
-        ):
+        counted = tokenizer(questions, add_special_tokens=False)["input_ids"]
+        for row, (question, context, ids) in enumerate(zip(questions, contexts, counted, strict=True)):
             room = max_length - special - len(ids)
             if room <= stride and len(tokenizer(context, add_special_tokens=False)["input_ids"]) > room:
-                raise InputError(
+                raise RowError(
+                    row,
                     f"data.max_length={max_length}: the question {quoted(question)} has {len(ids)} tokens, which leaves"
                     f" {max(0, room)} for its context; windows of it share {stride} (data.stride). Raise data.max_length,"
-                    " lower data.stride, or shorten the question"
+                    " lower data.stride, or shorten the question",
                 )
 
     def model_options(self) -> dict[str, Any]:

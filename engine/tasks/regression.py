@@ -55,7 +55,8 @@ class Task(TextTask):
         if not found or min(found) == max(found):
             what = f"only {found[0]:g}" if found else "no number"
             raise InputError(f"{source}: column '{self.columns['score']}' holds {what}; regression needs numbers that differ")
-        self.mean, self.deviation = float(np.mean(found)), float(np.std(found))
+        with np.errstate(over="ignore", invalid="ignore"):  # answered below
+            self.mean, self.deviation = float(np.mean(found)), float(np.std(found))
         if not math.isfinite(self.mean) or not math.isfinite(self.deviation) or self.deviation == 0:
             raise InputError(f"{source}: column '{self.columns['score']}' holds numbers too large or too close to be told apart")
 
