@@ -154,7 +154,7 @@ TAGS = ["O", *(f"{prefix}-{kind}" for kind in ("LOC", "MISC", "ORG", "PER") for 
 PAIR = "{text: text, text_pair: text_pair, label: label}"
 JOBS = {
     "sst2": Job("classification", "accuracy", sst2, 10_000, 1, 32, 5e-5, 64),
-    "tweet_sentiment": Job("classification", "accuracy", tweets, 10_000, 1, 32, 5e-4, 64, GPT2),
+    "tweet_sentiment": Job("classification", "accuracy", tweets, 10_000, 2, 32, 5e-4, 64, GPT2),
     "stsb": Job("regression", "spearman", stsb, 5_749, 4, 16, 1e-4, 96, columns="{text: text, text_pair: text_pair, score: score}"),
     "mrpc": Job("classification", "f1", mrpc, 4_076, 2, 16, 5e-5, 128, columns=PAIR),
     "rte": Job("classification", "accuracy", rte, 2_490, 2, 16, 5e-5, 128, columns=PAIR),
