@@ -52,6 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.usefixtures("draws")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_evaluates_predicts_and_reports(
     name: str, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ def no_other_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
 
 
-@pytest.mark.usefixtures("no_other_fonts")
+@pytest.mark.usefixtures("no_other_fonts", "draws")
 def test_labels_of_any_script_are_characters_on_the_page(recipe: MakeRecipe) -> None:
     for split, seed in (("train", 1), ("validation", 2), ("test", 3)):
         rows = [{**row, "label": GOOD if row["label"] == "positive" else BAD} for row in make_rows(24, seed)]
