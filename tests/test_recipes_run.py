@@ -97,16 +97,27 @@ def test_a_recipe_trains_evaluates_predicts_and_reports(
 
     # and predictions come back for rows without their truth, the same that the run made
     task = runs.open_run(str(run)).task
-    keep = [column for column in task.inputs(set(lines[0])).values() if column in lines[0]]
-    write_jsonl(cache / f"{name}.jsonl", [{column: line[column] for column in keep} for line in lines[:5]])
+    given_rows = [{column: line[column] for column in inputs_of(task, line) if column in line} for line in lines[:5]]
+    write_jsonl(cache / f"{name}.jsonl", given_rows)
     assert main(["predict", str(run), "--input", str(cache / f"{name}.jsonl")]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) == 5
     for answer, line in zip(answers, lines, strict=False):
+        if made.task == "multitask":  # each task's answer stands under its name
+            told = answer[line["task"]][task.parts[line["task"]].answer]
+        else:
+            told = answer[task.answer]
         if isinstance(line["prediction"], float):
-            assert answer[task.answer] == pytest.approx(line["prediction"], abs=1e-4)
+            assert told == pytest.approx(line["prediction"], abs=1e-4)
         elif made.task != "masked_lm":  # whose rows have no mask of their own
-            assert answer[task.answer] == line["prediction"]
+            assert told == line["prediction"]
+
+
+def inputs_of(task: Any, line: dict[str, Any]) -> list[str]:
+    """The columns that a line's prediction was made from; of several tasks those of its own, and its name."""
+    if "task" in line and hasattr(task, "parts"):
+        return [*inputs_of(task.parts[line["task"]], {k: v for k, v in line.items() if k != "task"}), "task"]
+    return list(task.inputs(set(line)).values())
 
 
 def test_none_is_missed() -> None:
