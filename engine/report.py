@@ -1,6 +1,7 @@
 """report.html: one self-contained page about a run, made from the run folder alone. And plots/*.png."""
 
 import base64
+import contextlib
 import io
 import json
 import warnings
@@ -66,7 +67,7 @@ def write(folder: Path) -> Path:
     judged = [task.wrong(row) for row in rows]
     data = {}
     for name, fact in by_event["data"][0]["splits"].items():
-        data[name] = fact | {"summary": task.summary(fact)}
+        data[name] = fact | {"summary": "all tasks" if fact.get("tasks") else task.summary(fact)}
         for part, one in fact.get("tasks", {}).items():
             summary = find.module("tasks", one["task"], str(folder)).Task.summary(one)
             data[f"{name}: {part}"] = one | {"summary": summary}
@@ -106,20 +107,37 @@ def _glyphs(path: str) -> frozenset[int]:
 
 
 def _has_font(text: str) -> bool:
-    """Whether a font that matplotlib finds has every character of `text`; such a font joins those that are drawn with."""
+    """Whether a font that can be found has every character of `text`; such a font joins those that are drawn with."""
     missing = {ord(c) for c in text} - _glyphs(font_manager.findfont("DejaVu Sans"))
-    if not missing:
-        return True
-    for font in font_manager.fontManager.ttflist:
-        try:
-            found = missing <= _glyphs(font.fname)
-        except (OSError, RuntimeError):  # it is listed and cannot be read
-            continue
-        if found:
-            family = matplotlib.rcParams["font.family"]
-            matplotlib.rcParams["font.family"] = [*family, *([] if font.name in family else [font.name])]
-            return True
-    return False
+    return not missing or any(_joins(font, missing) for fonts in (_known, _new) for font in fonts())
+
+
+def _joins(font: Any, missing: set[int]) -> bool:
+    try:
+        found = not font.name.startswith("Last Resort") and missing <= _glyphs(font.fname)  # that one has a box for everything
+    except (OSError, RuntimeError):  # it is listed and cannot be read
+        return False
+    family = matplotlib.rcParams["font.family"]
+    if found and font.name not in family:
+        matplotlib.rcParams["font.family"] = [*family, font.name]
+    return found
+
+
+def _known() -> list[Any]:
+    """The fonts in matplotlib's list."""
+    return list(font_manager.fontManager.ttflist)
+
+
+def _new() -> list[Any]:
+    """Fonts installed since matplotlib wrote that list down."""
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    before = len(manager.ttflist)
+    for path in font_manager.findSystemFonts():
+        if path not in known:
+            with contextlib.suppress(Exception):  # whatever is wrong with somebody's font file, a report needs it not
+                manager.addfont(path)
+    return list(manager.ttflist[before:])
 
 
 def _drawable(block: Matrix) -> Matrix:

@@ -100,15 +100,24 @@ class StopAt:
         return self.log.exists() and self.log.read_text().count('"event": "step"') >= self.steps
 
 
+SAVEFIG = matplotlib.figure.Figure.savefig
+
+
 @pytest.fixture(autouse=True)
 def _steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One seed, a working folder of its own; plots are made but not drawn, which would take half of a small run's time.
 
-    The command line in a process of its own, and runs that a whole file shares, draw them.
+    The command line in a process of its own, runs that a whole file shares, and tests that ask for `draws`, draw them.
     """
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, to, **how: to.write(b"not drawn"))
+
+
+@pytest.fixture
+def draws(_steady: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a test that looks at plots."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", SAVEFIG)
 
 
 def make_bert(folder: Path, *, layers: int = 2, hidden: int = 32, dropout: float = 0.1, **more: Any) -> Path:

@@ -16,16 +16,17 @@ from engine.tasks import multilabel, regression
 from engine.tasks._base import shown_columns
 
 GOOD, BAD = "\u597d\u8bc4", "\u5dee\u8bc4"  # Chinese for a favourable and an unfavourable review
-DEJAVU = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+OWN = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu Sans", "Last Resort"))]  # matplotlib's
 
 
 @pytest.fixture
 def no_other_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that has only the font that comes with matplotlib."""
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", DEJAVU)
+    """A machine that has only the fonts that come with matplotlib; one of them draws boxes for all there is."""
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(OWN))
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
 
 
-@pytest.mark.usefixtures("no_other_fonts")
+@pytest.mark.usefixtures("no_other_fonts", "draws")
 def test_labels_of_any_script_are_characters_on_the_page(recipe: MakeRecipe) -> None:
     for split, seed in (("train", 1), ("validation", 2), ("test", 3)):
         rows = [{**row, "label": GOOD if row["label"] == "positive" else BAD} for row in make_rows(24, seed)]
@@ -58,8 +59,9 @@ def test_what_no_font_can_write_gets_a_number_in_the_png() -> None:
 
 
 def test_a_font_that_has_the_characters_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    fonts = [*DEJAVU, font_manager.FontEntry(fname="/fonts/han.ttf", name="Han"), font_manager.FontEntry(fname="/fonts/gone.ttf")]
+    fonts = [*OWN, font_manager.FontEntry(fname="/fonts/han.ttf", name="Han"), font_manager.FontEntry(fname="/fonts/gone.ttf")]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
     real = report._glyphs
 
     def glyphs(path: str) -> frozenset[int]:
@@ -88,9 +90,18 @@ def test_each_label_of_several_is_right_missed_or_wrong_by_itself() -> None:
 
 
 def test_both_texts_of_a_pair_are_shown_as_texts_however_short() -> None:
-    line = {"text": "He has no money at all.", "text_pair": "He is broke.", "score": 4.8, "label": 4.8, "prediction": 3.5, "loss": 1.0}
+    line = {
+        "text": "He has no money at all.",
+        "text_pair": "He is broke.",
+        "score": 4.8,
+        "label": 4.8,
+        "prediction": 3.5,
+        "loss": 1.0,
+    }
     example = regression.Task.example(line)
     assert example.texts == {"text": line["text"], "text_pair": line["text_pair"]}
     assert example.other == {}
-    assert shown_columns({"review": "\u5f88\u597d\u5403", "n": 3, "kind": "app", "label": 1})[0] == {"review": "\u5f88\u597d\u5403"}
+    assert shown_columns({"review": "\u5f88\u597d\u5403", "n": 3, "kind": "app", "label": 1})[0] == {
+        "review": "\u5f88\u597d\u5403"
+    }
     assert shown_columns({"text": "fine", "label": "fine"}) == ({"text": "fine"}, {}), "a short text alone is still shown"
