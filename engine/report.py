@@ -66,7 +66,7 @@ def write(folder: Path) -> Path:
     judged = [task.wrong(row) for row in rows]
     data = {}
     for name, fact in by_event["data"][0]["splits"].items():
-        data[name] = fact | {"summary": task.summary(fact)}
+        data[name] = fact | {"summary": "all tasks" if fact.get("tasks") else task.summary(fact)}
         for part, one in fact.get("tasks", {}).items():
             summary = find.module("tasks", one["task"], str(folder)).Task.summary(one)
             data[f"{name}: {part}"] = one | {"summary": summary}
