@@ -275,6 +275,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "monitor": ("early_stopping.monitor=accuracy", ["early_stopping.monitor", "mood.accuracy"]),
     "file": ("tasks.score.data.train=gone.jsonl", ["tasks.score.data.train", "no file gone.jsonl"]),
     "column": ("tasks.score.data.columns.score=scroe", ["tasks.score.data.columns.score", "no column 'scroe'; did you mean 'score'?"]),
+    "cache of one task": ("tasks.mood.data.cache=mine", ["tasks.mood.data.cache: one folder serves all tasks; set data.cache"]),
     "role": ("tasks.score.data.columns.tetx=text", ["tasks.score.data.columns.tetx: regression reads no 'tetx'"]),
     "cache": ("train.cache_frozen=float32", ["train.cache_frozen"]),
 }  # fmt: skip
@@ -315,6 +316,8 @@ def test_what_all_have_in_common_is_said_once(recipe: MakeRecipe, bert: Path) ->
     assert [one.data.max_length for one in made.tasks.values()] == [20, 12]
     run(made, "r")
     assert recipes.load("r/recipe.yaml").resolved() == made.resolved()
+    assert main(["finetune", "two.yaml", "data.cache=elsewhere", "--out", "r", "--resume"]) == 0  # told again: it changes nothing
+    assert main(["finetune", "two.yaml", "tasks.b.weight=2", "--out", "r", "--resume"]) == 2
 
 
 def test_a_layer_that_reads_the_mask_finds_it_under_every_head(kinds: Any) -> None:
