@@ -96,7 +96,10 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults written out; reads back as the same recipe."""
         names = [name for name in Schema.model_fields if name != "offline" and (name != "tasks" or self.tasks)]
-        return {name: _plain(getattr(self, name)) for name in names}
+        made = {name: _plain(getattr(self, name)) for name in names}
+        for one in made.get("tasks", {}).values():
+            del one["data"]["cache"]  # all tasks have the recipe's
+        return made
 
     def record(self) -> dict[str, Any]:
         """`resolved`, and the `offline:` block if its keys are among the values."""
@@ -272,7 +275,7 @@ def _tasks(raw: dict[str, Any], where: Callable[[str], str]) -> tuple[dict[str, 
         return {}, [
             f"{where('tasks')}: tasks: multitask needs some: {{NAME: {{task: classification, data: {{train: FILE}}}}, ...}}"
         ]
-    shared = {k: v for k, v in shared.items() if k in Data.model_fields} if isinstance(shared, dict) else {}
+    shared = {k: v for k, v in shared.items() if k in Data.model_fields and k != "cache"} if isinstance(shared, dict) else {}
     made, problems = {}, []
     for name, one in given.items():
         key = f"tasks.{name}"
@@ -284,6 +287,8 @@ def _tasks(raw: dict[str, Any], where: Callable[[str], str]) -> tuple[dict[str, 
         if not isinstance(own, dict):
             problems.append(f"{where(key)}: {key}: a group of keys is needed, with its data as one, not {quoted(one)}")
             continue
+        if "cache" in own:
+            problems.append(f"{where(key)}: {key}.data.cache: one folder serves all tasks; set data.cache")
         kind, known = one.get("task"), [n for n in find.names("tasks") if n != "multitask"]
         if isinstance(kind, str) and kind not in known:
             problems.append(
