@@ -60,7 +60,7 @@ recipes: $(VENV)/ready ## the list of recipes
 	@exec $(BIN)/python -m engine recipes
 
 test: $(VENV)/ready-test ## the test suite
-	@exec $(BIN)/python -m pytest -n 2 $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-slow: $(VENV)/ready-test ## the tests that take minutes
 	@exec $(BIN)/python -m pytest -m slow $(ARGS)

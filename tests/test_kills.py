@@ -20,6 +20,8 @@ from conftest import BASE, make_bert, make_rows, write_jsonl
 
 from engine import checkpoint, find
 
+pytestmark = pytest.mark.xdist_group("kills")  # what the file starts once, it starts in one worker
+
 SHORT = ["train.max_steps=5", "checkpoint.every=2", "evaluate.every=2", "checkpoint.keep=1"]
 
 

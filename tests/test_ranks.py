@@ -21,6 +21,8 @@ from test_windows import encoded
 from engine import checkpoint, disk, distributed, find, recipe, report, seeds
 from engine.data.windows import Windows
 
+pytestmark = pytest.mark.xdist_group("ranks")  # what the file starts once, it starts in one worker
+
 ENVIRONMENT = {
     **os.environ, "PYTHONPATH": f"{find.PROJECT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
 }  # fmt: skip
