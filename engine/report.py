@@ -206,15 +206,26 @@ def _loss(events: dict[str, list[dict[str, Any]]], best: int) -> Figure:
 def _metrics(evaluations: list[dict[str, Any]], best: int) -> Figure:
     figure, axes = _axes("Validation metrics")
     names = [k for k, v in evaluations[0].items() if k not in ("event", "step", "epoch", "best", "loss", "time")]
+    highest = {name: max((abs(r[name]) for r in evaluations if r[name] is not None), default=0.0) for name in names}
+    large = max(highest.values(), default=0.0) > 20  # perplexity, say: beside it a share would be a flat line
+    apart = [name for name in names if large and highest[name] <= 1]  # these have their scale on the right
+    right = axes.twinx() if apart else axes
     for name, color, style in zip(
         names, (BLUE, ORANGE, INK, SOFT, GREEN, "#8e44ad"), ("-", "--", "-.", ":", "-", "--"), strict=False
     ):
         values = [r[name] for r in evaluations]
-        axes.plot([r["step"] for r in evaluations], values, color=color, linestyle=style, marker="o", markersize=4, label=name)
+        side = right if name in apart else axes
+        side.plot([r["step"] for r in evaluations], values, color=color, linestyle=style, marker="o", markersize=4, label=name)
     _mark_best(axes, best)
     axes.set_xlabel("step")
     axes.margins(y=0.15)
-    axes.legend(loc="best")
+    lines = list(axes.get_lines())
+    if apart:
+        right.grid(False)
+        right.margins(y=0.15)
+        lines += right.get_lines()
+    lines = [line for line in lines if line.get_label() in names]
+    axes.legend(lines, [str(line.get_label()) for line in lines], loc="best")
     return figure
 
 

@@ -360,46 +360,6 @@ def test_from_scratch_all_heads_share_one_new_body_and_tokenizer(kinds: Any) -> 
     assert main(["predict", "r", "--text", "the film was good", "--output", "out.jsonl"]) == 0
 
 
-def test_a_layer_that_reads_the_mask_finds_it_under_every_head(kinds: Any) -> None:
-    """A layer in the shared body is handed the attention mask whichever head calls, so padding changes nothing."""
-    Path("seen.py").write_text(
-        "import torch\nfrom torch import nn\n\n\nclass Mean(nn.Module):\n"
-        '    """The pooler: the mean over the real tokens."""\n\n    READS = "attention_mask"\n\n'
-        "    def __init__(self, old):\n        super().__init__()\n        self.dense = old.dense\n\n"
-        "    @classmethod\n    def from_old(cls, old):\n        return cls(old)\n\n"
-        "    def forward(self, hidden):\n        mask = self.attention_mask[:, :, None].to(hidden.dtype)\n"
-        "        return torch.tanh(self.dense((hidden * mask).sum(1) / mask.sum(1)))\n"
-    )
-    ready = prepare.prepare(kinds("swap=[{at: '**.pooler', with: 'seen.py:Mean'}]"), **QUIET)
-    task, model, encoded = ready.task, ready.loaded.model.eval(), ready.encoded["train"]
-    for name in ("mood", "score"):
-        part = encoded.parts[name]  # type: ignore[attr-defined]
-        short, long = int(part.lengths.argmin()), int(part.lengths.argmax())
-        with torch.inference_mode():
-            both = task.parts[name].output(model.heads[name], part.batch(np.array([short, long])))
-            alone = task.parts[name].output(model.heads[name], part.batch(np.array([short])))
-        assert torch.allclose(both[0], alone[0], atol=1e-5)
-
-
-def test_from_scratch_all_heads_share_one_new_body_and_tokenizer(kinds: Any) -> None:
-    text = Path("kinds.yaml").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("model:"))
-    new = (
-        "model: {from_scratch: {architecture: bert, layers: 1, hidden: 16, heads: 2, max_positions: 64},"
-        " tokenizer: {train: {kind: wordpiece, vocabulary: 300}}}"
-    )
-    Path("kinds.yaml").write_text(text.replace(line, new))
-    run(kinds("train.max_steps=6"), "r")
-    run(kinds("train.max_steps=6"), "again")
-    assert weights("r") == weights("again")
-    bodies = [load_file(f"r/model/{name}/model.safetensors") for name in (*CASES, "words")]
-    assert all(
-        torch.equal(one["bert.encoder.layer.0.output.dense.weight"], bodies[0]["bert.encoder.layer.0.output.dense.weight"])
-        for one in bodies
-    )
-    assert main(["predict", "r", "--text", "the film was good", "--output", "out.jsonl"]) == 0
-
-
 def test_the_recipe_of_the_project_trains_two_steps(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """recipes/multitask.yaml on the tiny model, from its own files: trained, scored, predicted, reported."""
     from engine import find

@@ -105,3 +105,12 @@ def test_both_texts_of_a_pair_are_shown_as_texts_however_short() -> None:
         "review": "\u5f88\u597d\u5403"
     }
     assert shown_columns({"text": "fine", "label": "fine"}) == ({"text": "fine"}, {}), "a short text alone is still shown"
+
+
+def test_a_share_beside_a_large_number_has_its_own_scale() -> None:
+    told = [{"event": "evaluation", "step": i, "loss": 1.0, "perplexity": 700.0 / i, "accuracy": 0.1 * i} for i in (1, 2, 3)]
+    left, right = report._metrics(told, 3).axes
+    assert right.get_ylim()[1] < 1 < left.get_ylim()[0]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["perplexity", "accuracy"]
+    (alone,) = report._metrics([{**one, "perplexity": 0.5} for one in told], 3).axes
+    assert len(alone.get_legend().get_texts()) == 2
