@@ -72,7 +72,7 @@ def build() -> Parser:
     sub = verb(evaluate, "metrics of a finished run on its test split, or on another file", recipe=False)
     sub.add_argument("run_folder", metavar="RUN")
     sub.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as data.columns.text=sentence")
-    sub.add_argument("--data", metavar="FILE", help="rows with labels")
+    sub.add_argument("--data", metavar="FILE", help="rows with labels; of several tasks NAME=FILE")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--allow-code", action="store_true", help="run the layer code that the run folder holds")
     sub = verb(predict, "JSON lines: label and probabilities", recipe=False)
