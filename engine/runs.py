@@ -159,11 +159,7 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
 
     folder = locate(run)
     recipe = recipe_of(folder, overrides, allow_code)
-    if not (folder / "model").exists():
-        raise InputError(f"{folder}: this run has no model/ yet; finish it with --resume")
     task = task_of(folder, recipe)
-    for place in task.parts or [""]:
-        vet.folder(folder / "model" / place, str(folder))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -183,12 +179,18 @@ def open_run(run: str, overrides: list[str] | None = None, *, allow_code: bool =
 
 
 def task_of(folder: Path, recipe: Recipe, place: str = "") -> Any:
-    """The run's task with all that it learnt beside the weights (labels, scale, threshold), from the saved model's config."""
+    """The run's task with all that it learnt beside the weights (labels, scale, threshold), from the saved model's config.
+
+    InputError where model/ is not there yet, or holds what is not opened (engine/vet.py).
+    """
     task = find.module("tasks", recipe.task, str(folder / "recipe.yaml")).Task(recipe.data.columns, options=recipe.data)
     if recipe.tasks:
         task.hold({name: task_of(folder, recipe.part(name), name) for name in recipe.tasks}, recipe.tasks)
     else:
-        task.restore(json.loads((folder / "model" / place / "config.json").read_text("utf-8")))
+        model = folder / "model" / place
+        if not (model / "config.json").exists():
+            raise InputError(f"{folder}: this run has no {model.relative_to(folder)}/ yet; finish it with --resume")
+        task.restore(vet.folder(model, str(folder)))
     return task
 
 

@@ -18,6 +18,7 @@ from laws import CASES, REFUSED, apply, still
 from torch import Tensor, nn
 
 from engine import evaluate, finetune, models, optim, predict, prepare, runs
+from engine.data import read, rows
 from engine.data.windows import Windows
 from engine.fast import ahead, kernels, last_layer, packing
 from engine.fast.install import install
@@ -462,6 +463,10 @@ def test_a_window_made_before_memory_ran_short_is_cut_anew() -> None:
 # -- prediction -------------------------------------------------------------------------------------------------------
 
 
+def split_of(made: list[dict[str, Any]]) -> rows.Split:
+    return rows.Split(read.Table(made, [f"line {i + 1}" for i in range(len(made))], {}), len(made))
+
+
 @pytest.mark.parametrize("method", ["full", "prompt"])
 def test_a_run_predicts_by_the_fast_pieces_what_it_predicts_without(
     method: str, recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
@@ -470,20 +475,20 @@ def test_a_run_predicts_by_the_fast_pieces_what_it_predicts_without(
 
     monkeypatch.setattr(report, "write", lambda folder: None)
     finetune.finetune(recipe(f"tune={{method: {method}}}", "train.max_steps=2"), "r", **QUIET)
-    rows, installed = make_rows(70, 9), []
+    split, few, installed = split_of(make_rows(70, 9)), split_of(make_rows(5, 9)), []
     monkeypatch.setattr(predict, "install", lambda *args, **more: installed.append(install(*args, **more)))
     run = runs.open_run("r")
-    made_fast, tokens = predict._outputs(run, rows)
+    made_fast, tokens = predict._outputs(run, split)
     assert installed[0].packing is not None
     assert installed[0].last_layer is not None
     cpu, plain = torch.device("cpu"), runs.open_run("r", ["train.packing=false", "train.last_layer=false"])
     expected = evaluate.outputs(plain.model, plain.task, tokens, tokens=4096, device=cpu, autocast=optim.autocast("float32", cpu))
-    made_slow, _ = predict._outputs(plain, rows)
+    made_slow, _ = predict._outputs(plain, split)
     assert installed[1].packing is installed[1].last_layer is None
     for found in (made_fast, made_slow):
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     installed.clear()
-    predict._outputs(runs.open_run("r"), rows[:5])
+    predict._outputs(runs.open_run("r"), few)
     assert not installed, "a few texts are answered before the pieces would be proven"
 
 
