@@ -48,11 +48,11 @@ class Work:
     data: str = "sst2"  # or imdb
     rows: int = 8000
     length: int = 128
-    steps: int = 120
+    steps: int = 80
     predict: bool = False
 
 
-SST2, LONG = Work(), Work("imdb", 2000, 256, 10)
+SST2, LONG = Work(), Work("imdb", 2000, 256, 8)
 WEIGHTS = 10_622_976  # of MiniLM that take part in products with every token: 6 blocks of 12 H^2, H = 384, and biases left out
 PREDICT = Work(rows=4000, predict=True)
 
@@ -452,7 +452,7 @@ def table(out: Path) -> None:
     print("| same work, same batches | ratio | spread | goal / floor | memory | first step | share of the ceiling | equal results |")
     print("|---|---|---|---|---|---|---|---|")
     for name, r in json.loads((out / "bench.json").read_text()).items():
-        equal = "" if r["apart"] is None else f"{r['apart']:.0e} apart (at most {r['equal']:.0e})"
+        equal = "" if r["apart"] is None else f"{r['apart']:.1e} apart (at most {r['equal']:.0e})"
         spread = f"{r['low']:.2f} to {r['high']:.2f}"
         cells = [
             f"**{r['ratio']:.2f}**",
