@@ -78,35 +78,27 @@ def _of_run(folder: Path, spec: str, allow: bool) -> str:
     if not copy.is_file() or sha256(copy) != entry["sha256"]:
         raise InputError(f"{copy}: its sha256 is not the one noted at training; the file was changed")
     noted, here = Path(str(entry.get("path", ""))), None if spec.rpartition(":")[0].endswith(".py") else source(spec)
-    if _same(noted, entry["sha256"], folder) or (here and _ours(here) and sha256(here) == entry["sha256"]):
+    kept = _elsewhere(noted, folder)
+    if kept == entry["sha256"] or (here and _ours(here) and sha256(here) == entry["sha256"]):
         # a module of a package may import its neighbours, which only the package can give it
         return spec if here and (_ours(here) or here.resolve() == noted) else f"{copy}:{name}"
     if not allow:
+        why = f"{noted} is another file now" if kept else "the recipe's own file, which it was copied from, is not on this machine"
         raise InputError(
-            f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...). {_why(noted, folder)}"
-            " Read it first; then add --allow-code."
+            f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...). It is not run unasked,"
+            f" for {why}. Read it first; then add --allow-code."
         )
     return f"{copy}:{name}"
 
 
-def _same(noted: Path, digest: str, folder: Path) -> bool:
-    """Whether the place that the code was copied from is a file here, not of the run itself, and the same still."""
+def _elsewhere(noted: Path, folder: Path) -> str | None:
+    """The sha256 of the file that the code was copied from; None unless it can be read here and is not of the run itself."""
     try:
-        outside = noted.is_absolute() and not noted.resolve().is_relative_to(folder.resolve())
-        return outside and noted.is_file() and sha256(noted) == digest
+        outside = noted.is_absolute() and not noted.resolve().is_relative_to(folder.resolve()) and noted.is_file()
+        return sha256(noted) if outside else None
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def _ours(path: Path) -> bool:
     return path.resolve().is_relative_to(find.ENGINE)
-
-
-def _why(noted: Path, folder: Path) -> str:
-    """Why it is not run unasked."""
-    try:
-        there = noted.is_absolute() and noted.is_file() and not noted.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError):
-        there = False
-    what = f"{noted} is another file now" if there else "the recipe's own file, which it was copied from, is not on this machine"
-    return f"It is not run unasked, for {what}."
