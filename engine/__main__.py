@@ -115,15 +115,13 @@ def finetune(options: Any) -> int:
                 from engine.finetune import finetune as run
 
                 code = run(recipe, claim=owned, interrupted=interrupt).code
-            if distributed.world() > 1:
-                interrupt.ignore()
-            distributed.stop()
-            return code
         except KeyboardInterrupt:  # a loop outside training saw the flag
             return ended("stopped before training began; nothing was written", interrupt.code or 130)
         finally:
             if distributed.world() > 1:  # the launcher stops all as soon as one has ended
                 interrupt.ignore()
+        distributed.stop()
+        return code
 
 
 def check(options: Any) -> None:
