@@ -71,7 +71,7 @@ prove: $(VENV)/ready-test ## the exactness laws, as a table (minutes)
 laws: $(VENV)/ready-test ## every tuning method on every architecture: the README's table
 	@exec $(BIN)/python tests/laws.py
 
-bench-methods: $(VENV)/ready-test ## every tuning method on SST-2 (hours; needs ../shared/data)
+bench-methods: $(VENV)/ready-test ## every tuning method on SST-2 (under an hour; needs ../shared/data)
 	@exec $(BIN)/python tests/bench_methods.py $(ARGS)
 
 bench-tasks: $(VENV)/ready-test ## every task beside Trainer: scores, intervals, times (ARGS="--only stsb,rte --rows 64"; needs ../shared/data)

@@ -115,11 +115,6 @@ def hopeless(progress: Progress, settings: Settings, model: nn.Module) -> bool:
     return often or not finite(model.parameters())
 
 
-def weights_are_finite(model: nn.Module) -> bool:
-    """Asked before a checkpoint is written, so that no saved weight is ever NaN. Buffers may hold -inf: masks."""
-    return finite(model.parameters())
-
-
 def first_not_finite(model: nn.Module, again: Callable[[], Any]) -> str:
     """Where numbers stop being finite, found by calling `again`, which does the window's forward and backward pass anew.
 

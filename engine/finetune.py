@@ -148,7 +148,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
 
     def save(kind: str) -> None:
         name = f"{kind}-{progress.step:08d}"
-        if not faults.weights_are_finite(model):
+        if not faults.finite(p for p in model.parameters() if freeze.ever_trains(p)):  # buffers may hold -inf: masks
             raise faults.FaultError(f"step {progress.step}: weights are not finite after the update, and were not saved. Cure: a lower"
                                " train.learning_rate, or a larger train.eps.")  # fmt: skip
         if not writes:
@@ -312,5 +312,7 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
         model.save_pretrained(hidden)
         for name, task, _ in heads:
             ready.loaded.tokenizer.save_pretrained(hidden / name)
-            (hidden / name / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics, keeps, task, name), "utf-8")
+            (hidden / name / "README.md").write_text(
+                card.render(recipe, results, ready.facts, ready.metrics, keeps, task, name), "utf-8"
+            )
         disk.sync_tree(hidden)

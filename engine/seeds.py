@@ -24,7 +24,10 @@ def seed_all(*where: int) -> None:
     """Seed torch (all devices), numpy and random from a place, such as (seed, step, micro_batch)."""
     global place
     place, seed = where, derive(*where)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # asking every kind of device that is not there takes longer than all the rest
+        torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
 

@@ -31,9 +31,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
-from engine import distributed, faults, seeds
+from engine import distributed, faults, optim, seeds
 from engine.progress import Progress, Settings, due, judge
 
 Evaluate = Callable[[], dict[str, float] | None]  # the scores; None if a signal came on the way
@@ -83,7 +82,7 @@ def train(
                     distributed.sum_gradients(trainable, mean)  # over all processes; nothing where there is one
                     with faults.Memory(optimizer) as memory:
                         scaler.unscale_(optimizer)  # clip the true gradients
-                        norm = float(clip_grad_norm_(trainable, settings.clip or math.inf))
+                        norm = float(optim.clip(optimizer, trainable, settings.clip))
                         loss = float(mean)
                         finite = math.isfinite(norm) and math.isfinite(loss)
                         if finite:

@@ -174,7 +174,9 @@ def profile(out: Path) -> None:
             print(f"| {what} | {seconds * 1e3:.0f} | {seconds / step:.0%} |")
         print(f"| all else (Python, autograd, small operations) | {(step - known) * 1e3:.0f} | {1 - known / step:.0%} |")
         least = 6 * WEIGHTS * tokens[0] / 41 / most[name] / 1e9
-        print(f"| for comparison: its products at the ceiling of {most[name]:.0f} GFLOP/s | {least * 1e3:.0f} | {least / step:.0%} |")
+        print(
+            f"| for comparison: its products at the ceiling of {most[name]:.0f} GFLOP/s | {least * 1e3:.0f} | {least / step:.0%} |"
+        )
     finetune.train = inner
 
 
@@ -449,7 +451,9 @@ def table(out: Path) -> None:
     """Markdown for the README."""
     most = json.loads((out / "ceiling.json").read_text())
     print("Ceiling: " + ", ".join(f"{kind} {rate:.0f}" for kind, rate in most.items()) + " GFLOP/s\n")
-    print("| same work, same batches | ratio | spread | goal / floor | memory | first step | share of the ceiling | equal results |")
+    print(
+        "| same work, same batches | ratio | spread | goal / floor | memory | first step | share of the ceiling | equal results |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name, r in json.loads((out / "bench.json").read_text()).items():
         equal = "" if r["apart"] is None else f"{r['apart']:.1e} apart (at most {r['equal']:.0e})"

@@ -48,7 +48,7 @@ def main() -> int:
     clocked(watch.Log, "__call__", "the log, a line a step")
     clocked(watch.Log, "sync", "the log, a line a step")
     clocked(seeds, "seed_all", "seeds for each micro-batch")
-    for name in ("weights_are_finite", "release", "clean"):
+    for name in ("finite", "release", "clean"):
         clocked(faults, name, "finite weights before a save")
     clocked(vet, "folder", "a look at the model folder")
     clocked(runs, "environment", "versions, hashes, commit")

@@ -39,7 +39,7 @@ def test_a_plan_puts_every_token_in_one_place(lengths: list[int]) -> None:
     assert spread.shape == (len(rows), capacity, 1)
     assert torch.equal(made.line(spread)[0, :n], line[0, :n])
     owner = torch.full((len(rows) * capacity,), -1)
-    owner[made.gather[:n]] = ((line[0, :n, 0].long() - 1) // t)
+    owner[made.gather[:n]] = (line[0, :n, 0].long() - 1) // t
     assert torch.equal(made.empty, (owner == -1).nonzero()[:, 0])
     owner = owner.view(len(rows), capacity)
     assert torch.equal(made.mask[:, 0], owner[:, :, None] == owner[:, None, :])

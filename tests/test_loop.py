@@ -296,6 +296,27 @@ def test_schedules_follow_their_formula(kind: str, end: float) -> None:
     assert optim.schedule(kind, 0, 100)(0) == 1.0
 
 
+@pytest.mark.parametrize(("most", "size"), [(1.0, 5.0), (1.0, 0.5), (None, 5.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_within_the_step_is_clipping_before_it(most: float | None, size: float, dtype: torch.dtype) -> None:
+    """Three steps beside torch's clip_grad_norm_ and AdamW; the norm is bit-equal; gradients below the limit change no bit."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(7, 5, dtype=dtype)), torch.nn.Parameter(torch.randn(3, dtype=dtype))]
+    plain = copy.deepcopy(ours)
+    one, two = optim.adamw([{"params": ours}], 0.1, [0.9, 0.999], 1e-8), torch.optim.AdamW(plain, lr=0.1, fused=True)
+    for _ in range(3):
+        for a, b in zip(ours, plain, strict=True):
+            a.grad = size * torch.nn.functional.normalize(torch.randn_like(a), dim=None, p=2.0)  # type: ignore[arg-type]
+            b.grad = a.grad.clone()
+        expected = torch.nn.utils.clip_grad_norm_(plain, most or math.inf)
+        assert torch.equal(optim.clip(one, ours, most), expected)
+        one.step()
+        two.step()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert (most is not None and size > most) or torch.equal(a, b)
+
+
 def test_adamw_takes_decay_from_vectors(recipe: MakeRecipe) -> None:
     model = prepare.prepare(recipe(), **QUIET).loaded.model
     plain = {n: g["weight_decay"] for g in freeze.groups(model, 1e-3, 0.1) for n in g["names"]}

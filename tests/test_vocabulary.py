@@ -15,9 +15,10 @@ from test_loop import model_bytes, run
 from test_weights import _quick, ready, steps  # noqa: F401
 from torch import nn
 
-from engine import checkpoint, models
+from engine import checkpoint, freeze, models
 from engine.errors import RunError
 from engine.fast.vocabulary import CompactEmbedding, Vocabulary
+from engine.fast.weights import Masters
 from engine.layers.lora import LoRAEmbedding
 from engine.progress import Progress
 
@@ -52,6 +53,27 @@ def test_a_run_with_it_is_the_run_without_it(few: Path, recipe: MakeRecipe, deca
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
     torch.testing.assert_close(small.weight, whole.weight[small.tokens], rtol=1e-5, atol=1e-6)
     assert float(small.decayed) == pytest.approx((1 - 1e-3 * decay) ** 12, rel=1e-12)
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_lookup_adds_what_embedding_would(padding: int | None, kind: str) -> None:
+    """Two micro-batches with repeated rows, beside F.embedding's gradient in float64; in bfloat16 sums are float32 all the same."""
+    torch.manual_seed(0)
+    old = nn.Embedding(50, 8, padding_idx=padding)
+    small, table = CompactEmbedding(old, torch.arange(0, 50, 2)), old.weight.detach().double().requires_grad_()
+    masters = Masters(small, kind)
+    for _ in range(2):
+        ids = 2 * torch.randint(0, 25, (3, 40))
+        g = torch.randn(3, 40, 8).bfloat16()  # whose numbers both types hold
+        small(ids).backward(g.to(small.weight.dtype))
+        torch.nn.functional.embedding(ids, table, padding).backward(g.double())
+    assert table.grad is not None
+    found = freeze.moved(small.weight).grad
+    assert found is not None
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), table.grad[::2], rtol=1e-5, atol=1e-5)
+    masters.restore()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])

@@ -10,13 +10,16 @@
 It is the formula and nothing else (Vaswani et al. 2017, arXiv:1706.03762), with the gradient written down beside it. What is
 gained on a CPU: torch computes attention with dropout in a dozen passes over all scores at once, which fall out of the cache,
 with a softmax that looks for rows without any place to look at (there are none here); and its kernel without dropout is slowed
-down tenfold by oneDNN's float32 products (engine/fast/kernels.py), which are therefore left out of it.
+down tenfold by oneDNN's float32 products (engine/fast/kernels.py). Here those take the large products, at twice MKL's rate; for
+the small ones of packed rows, whose shapes are many, building the kernels would take longer than they save.
 
 `attention` stands in transformers' registry as NAME. Everything unusual (another device, shared keys, a bias by position,
 causality without a mask) is left to torch.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from engine.fast.proof import TOLERANCE, Proof
 
 NAME = "rows_sdpa"
 CACHE = 1 << 19  # scores computed at a time: 2 MB of float32
+LARGE = 1 << 14  # scores of one head in one row, from which on oneDNN's products are the faster ones
 Draw = Callable[[Tensor], Tensor]  # like a tensor: a mask of its shape, 0 or 1 / (1 - p)
 
 
@@ -42,7 +46,7 @@ class Attention(torch.autograd.Function):
         q = q * scaling
         out, keeps, masks = torch.empty_like(q), any(ctx.needs_input_grad), []
         kept = q.new_empty(*q.shape[:3], k.shape[2]) if keeps else None  # P
-        with kernels.plain_products(), torch.autocast(q.device.type, enabled=False):
+        with products(q, k), torch.autocast(q.device.type, enabled=False):
             for i in some_rows(q, k):
                 scores = flat(q[i]) @ flat(k[i]).transpose(1, 2)  # (rows * heads, M, C)
                 if bias is not None:
@@ -62,7 +66,7 @@ class Attention(torch.autograd.Function):
         q, k, v, kept, *masks = ctx.saved_tensors
         g = g.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        with kernels.plain_products(), torch.autocast(q.device.type, enabled=False):
+        with products(q, k), torch.autocast(q.device.type, enabled=False):
             for number, i in enumerate(some_rows(q, k)):
                 p, mask = flat(kept[i]), masks[number] if masks else None
                 torch.bmm((p if mask is None else p * mask).transpose(1, 2), flat(g[i]), out=flat(dv[i]))
@@ -76,6 +80,11 @@ class Attention(torch.autograd.Function):
 def flat(x: Tensor) -> Tensor:
     """(rows, heads, ...) -> (rows * heads, ...), a view."""
     return x.view(-1, *x.shape[2:])
+
+
+def products(q: Tensor, k: Tensor) -> AbstractContextManager[None]:
+    """The context whose products suit scores of this size."""
+    return contextlib.nullcontext() if q.shape[2] * k.shape[2] >= LARGE else kernels.plain_products()
 
 
 def some_rows(q: Tensor, k: Tensor) -> Iterator[slice]:

@@ -52,7 +52,30 @@ class CompactEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, H)."""
-        return F.embedding(self.place[ids], self.weight, self.padding_idx)  # type: ignore[index]
+        return Lookup.apply(self.weight, self.place[ids], self.padding_idx)  # type: ignore[index,no-any-return,no-untyped-call]
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a weight (U, H) by their places (B, T) -> (B, T, H).
+
+    The gradient is added where the optimizer looks for it, in float32, to the rows that were read. As F.embedding gives it, it
+    would be a whole table for each micro-batch, zeros but for a few hundred rows, and in bfloat16 two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: nn.Parameter, places: Tensor, padding: int | None) -> Tensor:
+        ctx.weight, ctx.places, ctx.padding = weight, places, padding
+        return F.embedding(places, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        weight, places = moved(ctx.weight), ctx.places.flatten()
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, places, g.flatten(0, -2).to(weight.dtype))
+        if ctx.padding is not None:
+            weight.grad[ctx.padding] = 0.0
+        return None, None, None
 
 
 class Vocabulary:

@@ -96,7 +96,8 @@ def send_up(working: Tensor) -> None:
     """As soon as a working weight has its gradient: add it to the master's and drop it."""
     gradient, working.grad = working.grad, None  # first, so that none is left if memory runs out below
     master: nn.Parameter = working.master  # type: ignore[attr-defined]
-    assert gradient is not None, "the hook runs after the gradient is there"
+    if gradient is None:  # a lookup has given it to the master itself (fast/vocabulary.py)
+        return
     if master.grad is None:
         master.grad = gradient.float()
     else:
