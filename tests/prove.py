@@ -74,7 +74,7 @@ CLAIMS: dict[str, tuple[str, list[str]]] = {
     ),
     "2 ranks = 1": ("gradients, weights, evaluation", ["test_ranks.py"]),
     "every method: init = base, merge = unmerged, reload = memory, base bit-equal": (
-        "nine laws, every method, nine architectures",
+        "ten laws, every method, nine architectures",
         ["test_tune.py::test_laws"],
     ),
     "adapters = peft's": (
