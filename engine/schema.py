@@ -223,7 +223,9 @@ class Train(Group):
         description="Padded tokens in one forward pass: the memory knob, it never changes the result. Halved when memory runs out.",
     )
     kernels: bool = Field(
-        True, description="On a CPU: attention a few rows at a time, float32 products by oneDNN where they are true; speed alone."
+        True,
+        description="On a CPU: attention a few rows at a time, float32 products by oneDNN where they are true, dropout's masks by a"
+        " faster generator; speed alone, and which dropout is drawn.",
     )
     packing: bool = Field(True, description="Compute no padding, where the architecture allows; changes speed alone.")
     last_layer: bool = Field(

@@ -76,6 +76,7 @@ CASES = [
     Case("sst2 float32 / Trainer", SST2, [], PLAIN, 6.5, 4.5, 1e-5),
     Case("sst2 float32, pool dropout / Trainer", SST2, POOL, PLAIN, 6.5, 4.5),
     Case("sst2 float32 / Trainer group_by_length", SST2, [], {"group": True}, 2.8, 2.0),
+    Case("sst2 float32, pool dropout / Trainer group_by_length", SST2, POOL, {"group": True}, 2.8, 2.0),
     Case("sst2 float32 / Lightning", SST2, [], {"lightning": True}, 6.5, 4.5),
     Case("sst2 bf16 / Trainer bf16", SST2, BF16, {"bf16": True}, 5.0, 3.3, 1e-3, PLAIN),
     Case("sst2 bf16 / Trainer bf16 + group_by_length", SST2, BF16, {"bf16": True, "group": True}, 2.4, 1.5),

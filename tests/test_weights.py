@@ -26,7 +26,7 @@ from engine.train import train
 QUIET = {"say": lambda line: None}
 CPU = torch.device("cpu")
 BF16 = "train.weights=bfloat16"
-ALL_OFF = ["train.weights=float32", "train.dropout=exact", "train.compact_vocabulary=false"]
+ALL_OFF = ["train.weights=float32", "train.dropout=exact", "train.compact_vocabulary=false", "train.kernels=false"]
 
 
 @pytest.fixture(autouse=True)

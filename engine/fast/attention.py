@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from engine.fast import kernels
-from engine.fast.dropout import PoolDropout
+from engine.fast.dropout import PoolDropout, fresh
 from engine.fast.proof import TOLERANCE, Proof
 
 NAME = "rows_sdpa"
@@ -112,11 +112,6 @@ def attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling, draw,
     )  # fmt: skip
     return out.transpose(1, 2), None  # (R, M, heads, D)
-
-
-def fresh(like: Tensor, p: float) -> Tensor:
-    """A mask as nn.Dropout(p) draws it."""
-    return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
 
 
 def bias_of(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

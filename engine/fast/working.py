@@ -1,6 +1,6 @@
 """The working model: what a model is while it trains, put together before the loop and taken apart after it.
 
-    prepared model  ->  dropout from a pool  ->  compact vocabulary  ->  bfloat16 weights  ->  training, evaluation
+    prepared model  ->  dropout's fast masks ->  compact vocabulary  ->  bfloat16 weights  ->  training, evaluation
     model/          <-                           the whole table     <-  float32 masters  <-
 
 Each piece can be left out by its key and then changes nothing; the order is that of need: rows are dropped before they are
@@ -27,7 +27,7 @@ class Working:
         config = model.config.get_text_config()
         longest = max(int(split.lengths.max()) for split in encoded.values())
         widest = max(config.hidden_size, config.num_attention_heads * longest)  # of states, of attention
-        self.dropout = dropout.Dropouts(model, train.dropout, tokens * widest)
+        self.dropout = dropout.Dropouts(model, train.dropout, tokens * widest, train.kernels)
         said = {"dropout": self.dropout.said}
         self.vocabulary = None
         if train.compact_vocabulary:
