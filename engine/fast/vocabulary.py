@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import distributed
 from engine.errors import RunError
 from engine.freeze import ever_trains, moved
 from engine.layers._around import replaced
@@ -59,7 +60,8 @@ class Lookup(torch.autograd.Function):
     """Rows of a weight (U, H) by their places (B, T) -> (B, T, H).
 
     The gradient is added where the optimizer looks for it, in float32, to the rows that were read. As F.embedding gives it, it
-    would be a whole table for each micro-batch, zeros but for a few hundred rows, and in bfloat16 two.
+    would be a whole table for each micro-batch, zeros but for a few hundred rows, and in bfloat16 two. The memory of the last
+    step's gradient is used again: only the rows that were read then have to be made zero, not all (a tenth of a step in bfloat16).
     """
 
     @staticmethod
@@ -71,11 +73,26 @@ class Lookup(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         weight, places = moved(ctx.weight), ctx.places.flatten()
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = _zeros(weight)
+        if hasattr(weight, "used"):
+            weight.used.append(places)
         weight.grad.index_add_(0, places, g.flatten(0, -2).to(weight.dtype))
         if ctx.padding is not None:
             weight.grad[ctx.padding] = 0.0
         return None, None, None
+
+
+def _zeros(weight: Any) -> Tensor:
+    """A gradient of zeros; `used` are the places that have been written to since. Other ranks write anywhere: theirs is new."""
+    if distributed.world() > 1:
+        return torch.zeros_like(weight)
+    if hasattr(weight, "spare"):
+        for places in weight.used:
+            weight.spare.index_fill_(0, places, 0.0)
+    else:
+        weight.spare = torch.zeros_like(weight)
+    weight.used = []
+    return weight.spare  # type: ignore[no-any-return]
 
 
 class Vocabulary:
