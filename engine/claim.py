@@ -127,9 +127,7 @@ def _code(recipe: Recipe, folder: Path) -> Callable[[str], str]:
 
     def code(spec: str) -> str:
         if spec != recipe.tune.method:
-            raise InputError(
-                f"{folder}: it holds a run of another recipe; it differs in\n  tune.method: {spec} -> {recipe.tune.method}"
-            )
+            raise InputError(f"{folder}: it holds a run of another recipe; it differs in\n  tune.method: {spec} -> {recipe.tune.method}")
         own, name = recipe.code(spec), spec.rpartition(":")[2]
         return f"{trust.source(own, recipe.folders)}:{name}" if own.rpartition(":")[0].endswith(".py") else own
 

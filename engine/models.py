@@ -215,9 +215,7 @@ def head_of(model: Any, fresh: list[str]) -> list[str]:
     )
     children = [(name, child) for name, child in model.named_children() if child not in body]
     if hasattr(model, "heads"):  # several on one body (engine/together.py)
-        children = [
-            (f"heads.{name}.{part}", child) for name, head in model.heads.items() for part, child in head.named_children()
-        ]
+        children = [(f"heads.{name}.{part}", child) for name, head in model.heads.items() for part, child in head.named_children()]
     paths = [name for name, child in children if any(True for _ in child.parameters())]
     for key in fresh:
         path = key.rpartition(".")[0]

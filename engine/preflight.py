@@ -61,9 +61,7 @@ def check(recipe: Recipe) -> None:
     lean.restore()
     notes = ready.notes + problems
     if (peak := t.learning_rate * max(ready.rates.values(), default=1.0)) >= 1:
-        notes.append(
-            f"the learning rate reaches {peak:g}: AdamW moves every weight by about that much a step; 1e-5 to 1e-2 is usual"
-        )
+        notes.append(f"the learning rate reaches {peak:g}: AdamW moves every weight by about that much a step; 1e-5 to 1e-2 is usual")
     tell("\n" + ("\n".join(f"note: {n}" for n in notes) if notes else "nothing looks wrong"))
 
 

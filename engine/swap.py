@@ -282,9 +282,7 @@ def _builder(layer: type, options: dict[str, Any], key: str, config: Any = None)
             given = ", ".join(f"{n}: ..." for n in [*options, *lacking])
             why = "" if own else f": neither {path} (a {type(old).__name__}) nor the model's config has one of that name"
             cure = f"give it in the recipe: options: {{{given}}}"
-            other = (
-                "" if own else f"; or give {layer.__name__} a classmethod from_old(cls, old) that makes it out of the old module"
-            )
+            other = "" if own else f"; or give {layer.__name__} a classmethod from_old(cls, old) that makes it out of the old module"
             raise InputError(f"{key}.options: {name} needs '{lacking[0]}'{why}; {cure}{other}")
         args = (old,) if own else ()
         return maker(*args, **{**found, **options})  # type: ignore[no-any-return]

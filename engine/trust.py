@@ -83,9 +83,7 @@ def _of_run(folder: Path, spec: str, allow: bool) -> str:
         # a module of a package may import its neighbours, which only the package can give it
         return spec if here and (_ours(here) or here.resolve() == noted) else f"{copy}:{name}"
     if not allow:
-        why = (
-            f"{noted} is another file now" if kept else "the recipe's own file, which it was copied from, is not on this machine"
-        )
+        why = f"{noted} is another file now" if kept else "the recipe's own file, which it was copied from, is not on this machine"
         raise InputError(
             f"{folder}: this run would execute the code of {copy} ({name}, sha256 {entry['sha256'][:12]}...). It is not run unasked,"
             f" for {why}. Read it first; then add --allow-code."

@@ -43,11 +43,7 @@ evaluate: {{metrics: [accuracy]}}
 """)
     result = finetune(load(str(recipe), [f"data.cache={out}/cache"]), tempfile.mkdtemp(prefix="run-", dir=out))
     metrics = result.metrics
-    return {
-        "accuracy": metrics["test"]["accuracy"],
-        "interval": metrics["intervals"]["test"]["accuracy"],
-        "loss": metrics["train"]["loss"],
-    }
+    return {"accuracy": metrics["test"]["accuracy"], "interval": metrics["intervals"]["test"]["accuracy"], "loss": metrics["train"]["loss"]}
 
 
 def trainer(rows: int, epochs: int, seed: int, kind: str, out: Path) -> dict[str, Any]:

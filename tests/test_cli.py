@@ -152,12 +152,7 @@ def test_a_run_from_the_command_line_leaves_what_was_promised(recipe: MakeRecipe
 def test_signals_save_and_end_and_the_run_goes_on_identically(recipe: MakeRecipe) -> None:
     """Real processes: begun and stopped by SIGTERM, gone on with and stopped by SIGINT, then finished."""
     path, log = str(recipe().path), Path("stopped/log.jsonl")
-    options = [
-        "train.epochs=30",
-        "evaluate.every=60",
-        "checkpoint.every=60",
-        "data.test=null",
-    ]  # long, with few syncs of the disk
+    options = ["train.epochs=30", "evaluate.every=60", "checkpoint.every=60", "data.test=null"]  # long, with few syncs of the disk
     for number, code, steps, more in ((signal.SIGTERM, 143, 5, []), (signal.SIGINT, 130, 20, ["--resume"])):
         command = [*PYTHON, "finetune", path, *options, "--out", "stopped", *more]
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -212,11 +212,7 @@ def test_a_head_that_is_tied_to_the_embeddings_leaves_them_to_the_base(bert: Pat
     assert "base_model.model.cls.predictions.transform.dense.weight" in held
     decoder = "base_model.model.cls.predictions.decoder.weight"
     assert decoder not in held
-    for extra, fits in (
-        ({}, True),
-        ({decoder: model.get_input_embeddings().weight.detach()}, True),
-        ({decoder: torch.ones(62, 32)}, False),
-    ):
+    for extra, fits in (({}, True), ({decoder: model.get_input_embeddings().weight.detach()}, True), ({decoder: torch.ones(62, 32)}, False)):
         save_file({n: t.clone() for n, t in {**held, **extra}.items()}, folder / adapters.WEIGHTS)
         again, method, options = tuned()
         base = again.get_input_embeddings().weight.clone()
@@ -266,9 +262,7 @@ def test_runs_of_two_bases_are_not_held_as_one(recipe: MakeRecipe, still_bert: P
     save_file({n: t + 0.01 for n, t in tensors.items()}, other / "model.safetensors", {"format": "pt"})
     finetune.finetune(recipe("tune={method: lora, r: 3}", *FAST), "r", **QUIET)
     finetune.finetune(recipe("tune={method: lora, r: 3}", *FAST, model=other), "s", **QUIET)
-    with pytest.raises(
-        InputError, match=r"--also s: its base model is .*other .sha256 .* that of r is .*bert.*Ask it alone: predict s"
-    ):
+    with pytest.raises(InputError, match=r"--also s: its base model is .*other .sha256 .* that of r is .*bert.*Ask it alone: predict s"):
         predict_run("r", ["a good film"], None, None, [], also=["s"])
 
 

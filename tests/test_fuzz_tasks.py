@@ -22,30 +22,7 @@ from engine.errors import InputError
 
 __all__ = ["bodies", "make"]  # fixtures
 FILES = 300  # of each kind and task
-ALONE: list[Any] = [
-    None,
-    True,
-    0,
-    -1,
-    7,
-    2**70,
-    1e300,
-    -0.0,
-    0.1,
-    "",
-    " ",
-    "O",
-    "B-PER",
-    "I-PER",
-    "joy",
-    "|",
-    ", ",
-    "[]",
-    "{}",
-    [],
-    [[]],
-    {},
-]
+ALONE: list[Any] = [None, True, 0, -1, 7, 2**70, 1e300, -0.0, 0.1, "", " ", "O", "B-PER", "I-PER", "joy", "|", ", ", "[]", "{}", [], [[]], {}]
 
 
 def value(draw: random.Random, depth: int = 0) -> Any:
@@ -83,9 +60,7 @@ def spoilt(rows: list[dict[str, Any]], draw: random.Random) -> list[dict[str, An
         columns = list(row)
         fault = draw.randrange(5)
         if fault == 0 or not columns:
-            row[draw.choice(("text", "tokens", "tags", "labels", "is_impossible", "id", "extra", draw.choice(TEXTS)))] = value(
-                draw
-            )
+            row[draw.choice(("text", "tokens", "tags", "labels", "is_impossible", "id", "extra", draw.choice(TEXTS)))] = value(draw)
         elif fault == 1:
             del row[draw.choice(columns)]
         elif fault == 2:

@@ -91,9 +91,7 @@ def test_a_new_run_of_a_runs_recipe_bears_the_name_and_finds_the_data(begun: Pat
     assert json.loads((folder / "environment.json").read_text())["recipe"] == "films"
 
 
-@pytest.mark.parametrize(
-    "noted", ["", "[]", "[" * 10**5, '{"recipe": "../../up"}', '{"recipe": 3}', '{"recipe": "x", "folders": 7}']
-)
+@pytest.mark.parametrize("noted", ["", "[]", "[" * 10**5, '{"recipe": "../../up"}', '{"recipe": 3}', '{"recipe": "x", "folders": 7}'])
 def test_what_stands_beside_a_recipe_is_believed_only_if_it_is_a_name(bert: Path, noted: str) -> None:
     Path("recipe.yaml").write_text(BASE.format(model=bert))
     Path("environment.json").write_text(noted)
@@ -108,10 +106,7 @@ def test_make_resume_names_the_run_alone(tmp_path: Path) -> None:
     (venv / "bin" / "python").chmod(0o755)
     (venv / "ready").touch()
     make = ["make", "-C", str(find.PROJECT), f"VENV={venv}", "resume", "RUN=runs/a b"]
-    for more, expected in (
-        ([], []),
-        (["SET=train.epochs=9 early_stopping.patience=4"], ["train.epochs=9", "early_stopping.patience=4"]),
-    ):
+    for more, expected in (([], []), (["SET=train.epochs=9 early_stopping.patience=4"], ["train.epochs=9", "early_stopping.patience=4"])):
         subprocess.run([*make, *more], capture_output=True, check=True, env={**os.environ, "SEEN": str(seen)})
         given = seen.read_text().split("\0")[:-1]
         assert given == ["-m", "engine", "finetune", "runs/a b/recipe.yaml", *expected, "--out", "runs/a b", "--resume"]

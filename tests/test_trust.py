@@ -50,9 +50,7 @@ def test_the_own_file_opens_unasked_and_an_edited_one_does_not(run: Path, files:
     assert Path("ran").exists()
     Path("ran").unlink()
     (files / "mine.py").write_text(LAYER + "\n# edited\n")
-    with pytest.raises(
-        InputError, match=r"would execute the code of r/layers/mine.py \(Same, sha256 .*is another file now.*--allow-code"
-    ):
+    with pytest.raises(InputError, match=r"would execute the code of r/layers/mine.py \(Same, sha256 .*is another file now.*--allow-code"):
         open_run("r")
     assert not Path("ran").exists()
     (files / "mine.py").unlink()
@@ -85,16 +83,10 @@ def test_a_file_that_came_along_is_not_the_recipes_own(run: Path, files: Path, p
     assert not Path("ran").exists()
 
 
-def test_a_strangers_run_is_not_resumed_checked_or_shown_unasked(
-    run: Path, files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_strangers_run_is_not_resumed_checked_or_shown_unasked(run: Path, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(run / "layers" / "mine.py", run / "mine.py")
     (files / "mine.py").unlink()
-    for verb in (
-        ["finetune", "r/recipe.yaml", "--out", "r", "--resume", "train.max_steps=2"],
-        ["check", "r/recipe.yaml"],
-        ["layers", "r/recipe.yaml"],
-    ):
+    for verb in (["finetune", "r/recipe.yaml", "--out", "r", "--resume", "train.max_steps=2"], ["check", "r/recipe.yaml"], ["layers", "r/recipe.yaml"]):
         assert main(verb) == 2
         assert "would execute the code of" in capsys.readouterr().err
     assert not Path("ran").exists()
@@ -103,9 +95,7 @@ def test_a_strangers_run_is_not_resumed_checked_or_shown_unasked(
     open_run("r", allow_code=True)
 
 
-def test_a_run_goes_on_by_its_own_copy_wherever_the_code_lay(
-    recipe: MakeRecipe, files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_by_its_own_copy_wherever_the_code_lay(recipe: MakeRecipe, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RUN/recipe.yaml names the layer as the first recipe did, relative to a folder that is neither here nor the run's."""
     (files / "mine.py").write_text(LAYER)
     data = [f"data.{split}={files / split}.jsonl" for split in ("train", "validation", "test")]
@@ -117,9 +107,7 @@ def test_a_run_goes_on_by_its_own_copy_wherever_the_code_lay(
     open_run("r")
 
 
-def test_a_module_of_a_package_may_import_its_neighbours(
-    recipe: MakeRecipe, files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_of_a_package_may_import_its_neighbours(recipe: MakeRecipe, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = files / "lib" / "own_layers"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

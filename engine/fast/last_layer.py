@@ -131,11 +131,7 @@ def deberta(
     a = old if isinstance(old, DisentangledAttention) else DisentangledAttention(old)
     a.training = old.training
     context, _ = a.forward(  # not the hooks: they are the packing's own
-        reads.rows(hidden),
-        reads.looks(mask),
-        query_states=x,
-        relative_pos=reads.distances(relative_pos),
-        rel_embeddings=rel_embeddings,
+        reads.rows(hidden), reads.looks(mask), query_states=x, relative_pos=reads.distances(relative_pos), rel_embeddings=rel_embeddings
     )
     y = block.attention.output(reads.each(context), reads.each(x))
     return block.output(block.intermediate(y), y), None
@@ -226,9 +222,7 @@ def reads_first(model: Any, probe: dict[str, Tensor]) -> bool:
     handle = last_block(model).register_forward_hook(hook)
     try:
         with eval_mode(model), torch.enable_grad():
-            found = torch.autograd.grad(
-                weighed(answers(model, probe)), cut, allow_unused=True
-            )  # of each head, if there are several
+            found = torch.autograd.grad(weighed(answers(model, probe)), cut, allow_unused=True)  # of each head, if there are several
     finally:
         handle.remove()
     return all(one is not None and not bool(one[:, 1:].any()) for one in found)

@@ -38,9 +38,7 @@ class Options(Tune):
     b_rate: float = Field(1.0, gt=0, le=1e6, description="LoRA+: the learning rate of B over that of A.")
     init: Literal["zero", "pissa"] = Field("zero", description="B from zero, or both from the weight's principal part (PiSSA).")
     r_pattern: dict[Pattern, Rank] = Field(default_factory=dict, description="Path pattern -> rank of the layers it matches.")
-    alpha_pattern: dict[Pattern, Alpha] = Field(
-        default_factory=dict, description="Path pattern -> alpha of the layers it matches."
-    )
+    alpha_pattern: dict[Pattern, Alpha] = Field(default_factory=dict, description="Path pattern -> alpha of the layers it matches.")
     quantize: Literal["nf4", "int8"] | None = Field(None, description="QLoRA: hold frozen weights of the blocks in 4 or 8 bits.")
     block: int = Field(64, ge=2, le=4096, multiple_of=2, description="nf4: so many weights share a scale.")
     double_quant: bool = Field(True, description="nf4: quantise the scales too.")

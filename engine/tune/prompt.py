@@ -42,9 +42,7 @@ PEFT_TYPE = "PROMPT_TUNING"
 class Options(Tune):
     """Length and beginning."""
 
-    length: int = Field(
-        16, ge=1, le=4096, description="Trained vectors before the text; they take this many positions of the model's."
-    )
+    length: int = Field(16, ge=1, le=4096, description="Trained vectors before the text; they take this many positions of the model's.")
     init: Literal["vocabulary", "random"] = Field(
         "vocabulary", description="Begin as the embeddings of random words, or as noise."
     )
