@@ -312,7 +312,5 @@ def _save_model(folder: Path, ready: Prepared, results: dict[str, Any], log: Cal
         model.save_pretrained(hidden)
         for name, task, _ in heads:
             ready.loaded.tokenizer.save_pretrained(hidden / name)
-            (hidden / name / "README.md").write_text(
-                card.render(recipe, results, ready.facts, ready.metrics, keeps, task, name), "utf-8"
-            )
+            (hidden / name / "README.md").write_text(card.render(recipe, results, ready.facts, ready.metrics, keeps, task, name), "utf-8")
         disk.sync_tree(hidden)

@@ -242,9 +242,7 @@ class Train(Group):
     )
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; biases and norms are left out.")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        [0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors."
-    )
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's running-average factors.")
     eps: float = Field(1e-8, gt=0, description="AdamW's term against division by zero.")
     warmup: Annotated[float | int, BeforeValidator(_warmup), "fraction of all steps, or a number of steps"] = Field(
         0.06, description="Linear rise of the learning rate."

@@ -3,7 +3,7 @@
 torch draws a Bernoulli number for every activation, on a CPU with one thread: 12 to 15 % of a step of a small BERT.
 
 Fresh masks (train.kernels, on a CPU) are drawn anew for every activation as well: 16 bits each of numpy's SFC64, whose seed is
-torch's next number. They take a tenth of the time. The probability is a multiple of 2^-16, within 8e-6 of the one asked
+torch's next number. The probability is a multiple of 2^-16, within 8e-6 of the one asked
 for, and what is kept is scaled by just that; so the mean is exact. It is the same distribution by another generator.
 
 Pools (train.dropout: pool) cost less still:
@@ -138,14 +138,12 @@ class Dropouts:
         self.old: dict[str, nn.Dropout] = {path: model.get_submodule(path) for path in paths}
         if not paths:
             return
-        if kind != "pool":
-            for path, old in self.old.items():
-                replaced(model, path, FreshDropout(old.p).train(old.training))
-            return
-        pools = Pools(2 * activations)
+        pools = Pools(2 * activations) if kind == "pool" else None
         for path, old in self.old.items():
-            replaced(model, path, PoolDropout(old.p, pools).train(old.training))
-        self.said = f"dropout by windows of a pool of {pools.size:,} numbers in {len(paths)} places"
+            new = PoolDropout(old.p, pools) if pools else FreshDropout(old.p)
+            replaced(model, path, new.train(old.training))
+        if pools:
+            self.said = f"dropout by windows of a pool of {pools.size:,} numbers in {len(paths)} places"
 
     def restore(self) -> None:
         """The model's own dropout again."""
