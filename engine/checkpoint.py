@@ -10,12 +10,15 @@ Protocol: write into a hidden directory, fsync every file, manifest last, fsync 
 only then is it a save, and only then may an older one go. A crash at any point leaves the new checkpoint or the one
 before it. Loading checks every hash before it uses a byte, takes the newest that verifies, with the best weights that
 it needs, and moves the others to quarantine/. Nothing is ever pickled.
+
+Where a step is the best so far, its weights are written once, and the second name is a link to the same file: going on
+needs both to verify anyway, and neither is ever written to again.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from engine.freeze import ever_trains, moved
 from engine.layers.quantized import quantized
 from engine.models import sha256
 
-MANIFEST = "manifest.json"
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -66,7 +69,7 @@ def write(
     When it returns, the checkpoint survives a power loss. `log_bytes` is the log's length that belongs to this step.
     """
     final = folder / name
-    tensors = {"weights.safetensors": _untied(weights(model))}
+    tensors = {WEIGHTS: _untied(weights(model))}
     state: dict[str, Any] = {"progress": asdict(progress), "log_bytes": log_bytes}
     if optimizer is not None:
         tensors["optimizer.safetensors"] = optimizer_state(optimizer)
@@ -77,14 +80,20 @@ def write(
         disk.make(folder)
         disk.require(folder, needed)
         with disk.whole(final) as hidden:
-            _write_files(hidden, _contents(tensors, state))
+            twin = folder / f"best-{progress.best_step:08d}"
+            same = optimizer is not None and progress.best_step == progress.step and (twin / MANIFEST).exists()
+            linked = _link(twin, hidden) if same else {}
+            _write_files(hidden, _contents(tensors, state, linked), linked)
     return final
 
 
-def _contents(tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Iterator[tuple[str, disk.Content]]:
-    """File name and what it holds."""
+def _contents(
+    tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], there: Container[str]
+) -> Iterator[tuple[str, disk.Content]]:
+    """File name and what it holds, of the files that are not `there` yet."""
     for file, group in tensors.items():
-        yield file, safetensors(group)
+        if file not in there:
+            yield file, safetensors(group)
     yield "state.json", json.dumps(state, indent=1).encode()
 
 
@@ -105,9 +114,15 @@ def safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write_files(folder: Path, contents: Iterator[tuple[str, disk.Content]]) -> None:
+def _link(twin: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Give the weights of another checkpoint a name in `folder`; their facts, or nothing if this disk has no links."""
+    facts = _manifest(twin)[WEIGHTS]
+    return {WEIGHTS: facts} if disk.link(twin / WEIGHTS, folder / WEIGHTS) else {}
+
+
+def _write_files(folder: Path, contents: Iterator[tuple[str, disk.Content]], linked: dict[str, dict[str, Any]]) -> None:
     """Every file synced, then the manifest: where a manifest stands, all that it names was written before it."""
-    manifest = {}
+    manifest = dict(linked)
     for file, content in contents:
         manifest[file] = {"sha256": disk.write(folder / file, content), "bytes": (folder / file).stat().st_size}
     disk.write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -140,7 +155,7 @@ def verify(path: Path) -> str | None:
 
 def _parts(path: Path) -> set[str]:
     """The files that a checkpoint of this name has."""
-    return {"weights.safetensors", "state.json"} | ({"optimizer.safetensors"} if path.name.startswith("step-") else set())
+    return {WEIGHTS, "state.json"} | ({"optimizer.safetensors"} if path.name.startswith("step-") else set())
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def _checked(path: Path, file: str) -> bytes:
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights into the model; every tensor must have its place."""
-    saved = load(_checked(path, "weights.safetensors"))
+    saved = load(_checked(path, WEIGHTS))
     expected = _untied(weights(model))
     if saved.keys() != expected.keys():
         odd = sorted(saved.keys() ^ expected.keys())

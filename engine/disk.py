@@ -131,6 +131,17 @@ def write(path: Path, content: Content) -> str:
     return digest
 
 
+def link(source: Path, name: Path) -> bool:
+    """A second name for a file that is synced and that nobody writes to again; False if this file system has none."""
+    try:
+        os.link(source, name)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            return False
+        raise
+    return True
+
+
 def replace(path: Path, content: bytes) -> None:
     """Put `content` in the place of `path`, whole or not at all. Raises DiskError."""
     hidden = path.with_name(NEW + path.name)

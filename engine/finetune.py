@@ -199,7 +199,8 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
         best_step = progress.step
         if stop and progress.best is not None:
             best_step = progress.best_step
-            checkpoint.load_weights(checkpoints / f"best-{best_step:08d}", model)
+            if best_step != progress.step:
+                checkpoint.load_weights(checkpoints / f"best-{best_step:08d}", model)
         try:
             final = {name: score(name) for name in ("validation", "test") if name in ready.encoded}
         except KeyboardInterrupt:

@@ -104,6 +104,9 @@ class Disk:
                 node.synced = bytes(node.now)
             elif isinstance(node, Folder):
                 node.synced, node.pending = dict(node.now), []
+        elif op.kind == "link":
+            other, to = self._at(op.to)
+            other.change("add", to, node=node)
         elif op.kind == "rename":
             other, to = self._at(op.to)
             assert other is parent

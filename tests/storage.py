@@ -17,7 +17,8 @@ from typing import Any
 from engine.interrupt import TOGETHER
 
 REAL = {
-    name: getattr(os, name) for name in ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
+    name: getattr(os, name)
+    for name in ("open", "write", "fsync", "link", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
 }
 
 
@@ -26,9 +27,9 @@ class Operation:
     """One change of the disk, about to happen."""
 
     number: int
-    kind: str  # open (for writing), write, fsync, rename, mkdir, unlink, rmdir, ftruncate
+    kind: str  # open (for writing), write, fsync, link, rename, mkdir, unlink, rmdir, ftruncate
     path: str
-    to: str = ""  # of a rename
+    to: str = ""  # of a rename or a link
     data: bytes = b""  # of a write
     size: int = 0  # of an ftruncate; the flags of an open
 
@@ -66,6 +67,10 @@ class Watch:
     def _fsync(self, descriptor: int) -> None:
         self._seen("fsync", descriptor)
         REAL["fsync"](descriptor)
+
+    def _link(self, path: Any, to: Any, **more: Any) -> None:
+        self._seen("link", path, to=os.path.abspath(os.fspath(to)))
+        REAL["link"](path, to, **more)
 
     def _rename(self, path: Any, to: Any, **more: Any) -> None:
         self._seen("rename", path, to=os.path.abspath(os.fspath(to)))

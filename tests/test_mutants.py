@@ -22,9 +22,9 @@ from engine.data.windows import Windows
 __all__ = ["memory"]  # the fixture
 
 
-def manifest_first(folder: Path, contents: Iterator[tuple[str, disk.Content]]) -> None:
+def manifest_first(folder: Path, contents: Iterator[tuple[str, disk.Content]], linked: dict[str, Any]) -> None:
     held = [(file, content if isinstance(content, bytes) else b"".join(content)) for file, content in contents]
-    facts = {file: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for file, content in held}
+    facts = linked | {file: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} for file, content in held}
     disk.write(folder / "manifest.json", json.dumps(facts).encode())
     for file, content in held:
         disk.write(folder / file, content)

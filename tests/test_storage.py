@@ -1,5 +1,6 @@
 """What is saved stays saved: power loss, damage, a full disk, two owners. And mutants, to show that these laws have teeth."""
 
+import errno
 import hashlib
 import json
 import os
@@ -223,6 +224,39 @@ def test_a_full_disk_is_noticed_before_the_first_byte(memory: Path, monkeypatch:
         checkpoint.write(memory / "checkpoints", "step-00000002", model, Progress(step=2), optimizer)
     assert sorted((memory / "checkpoints").rglob("*")) == before
     assert checkpoint.last_good(memory / "checkpoints").endswith("step-00000001 (step 1); go on with --resume")
+
+
+@pytest.mark.parametrize("refused", [None, errno.EPERM, errno.EOPNOTSUPP])
+def test_the_best_step_is_written_once_and_twice_where_the_disk_has_no_links(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, refused: int | None
+) -> None:
+    def no_links(source: Path, name: Path) -> None:
+        raise OSError(refused, os.strerror(refused or 0), str(name))
+
+    if refused:
+        monkeypatch.setattr(os, "link", no_links)
+    model, optimizer = trainer()
+    for step, best in ((1, 1), (2, 1)):
+        progress = Progress(step=step, best=1.0, best_step=best)
+        if best == step:
+            checkpoint.write(memory, f"best-{step:08d}", model, progress)
+        checkpoint.write(memory, f"step-{step:08d}", model, progress, optimizer)
+        with torch.no_grad():
+            model.weight += 1
+    best, first, second = (memory / name / "weights.safetensors" for name in ("best-00000001", "step-00000001", "step-00000002"))
+    assert best.samefile(first) is not bool(refused)
+    assert best.read_bytes() == first.read_bytes() != second.read_bytes()
+    assert not any(checkpoint.verify(path.parent) for path in (best, first, second))
+
+
+def test_a_link_that_fails_is_an_error_of_the_disk(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trainer()
+    progress = Progress(step=1, best=1.0, best_step=1)
+    checkpoint.write(memory, "best-00000001", model, progress)
+    monkeypatch.setattr(os, "link", lambda source, name: os.stat("/dev/null/x"))
+    with pytest.raises(disk.DiskError, match="cannot be written: Not a directory"):
+        checkpoint.write(memory, "step-00000001", model, progress, optimizer)
+    assert [path.name for path in memory.iterdir()] == ["best-00000001"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
