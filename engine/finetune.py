@@ -194,6 +194,7 @@ def _run(owned: Claim, say: Callable[[str], None], interrupt: Interrupt) -> Resu
             return Result(folder, progress, {}, int(distributed.largest(interrupt.code)) or 130)
 
         # best weights, final scores: by the same kernels, of the whole model
+        lean.rest(optimizer)
         if frozen:
             frozen.remove()
         best_step = progress.step

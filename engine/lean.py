@@ -13,7 +13,10 @@ all stand-ins leave, the real module is imported, and the name hands on to it: f
 not wake the compiler: decorators, which act while modules are imported, leave what they are put on as it is; and what torch's
 own optimizers and initialisers ask of it whenever they run, not to compile them (`disable`, `graph_break`), is answered without it.
 
-It saves about a second and 70 MB of memory before the first step. ENGINE_PLAIN_IMPORTS=1 in the environment leaves it out;
+A model that is made on the device `meta`, as from_pretrained does, asks torch's rules for shapes about each size, and they ask the algebra:
+what they ask of plain numbers is answered here (QUESTIONS), what they ask of symbols wakes it.
+
+It saves more than a second and 100 MB of memory before the first step. ENGINE_PLAIN_IMPORTS=1 in the environment leaves it out;
 so does anything that goes wrong while transformers is imported.
 """
 
@@ -28,7 +31,10 @@ from collections.abc import Iterator
 from typing import Any
 
 COMPILER = "torch._dynamo"
-SLEEP = (COMPILER, "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp")
+SHAPES = "torch.fx.experimental.symbolic_shapes"
+SLEEP = (
+    COMPILER, "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp", SHAPES, "torch.utils._sympy", "sympy",
+)  # fmt: skip
 LEAVE = ("scipy.optimize",)  # scikit-learn will want it: its stand-in goes as soon as transformers is imported
 SHARED = (
     "modeling_utils", "masking_utils", "modeling_layers", "integrations.sdpa_attention", "generation.utils",
@@ -88,8 +94,8 @@ class StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what looks through all modules, as inspect does, needs none of them
             raise AttributeError(name)
-        if self.__name__ == COMPILER and name in ASLEEP:
-            return ASLEEP[name]
+        if name in ASLEEP.get(self.__name__, {}):
+            return ASLEEP[self.__name__][name]
         if self.__name__ == COMPILER and not _finder.importing:
             return getattr(self.real(), name)
         made = Later(name, module=self.__name__)
@@ -121,7 +127,31 @@ def graph_break(msg: str = "") -> None:
     """torch._dynamo.graph_break: nothing is being compiled."""
 
 
-ASLEEP = {"disable": disable, "graph_break": graph_break}  # what the compiler answers without waking
+def of_numbers(name: str, answer: Any) -> Any:
+    """A question of SHAPES about sizes: `answer` where all are plain bools, ints and tuples, the real one where one is a symbol."""
+
+    def plain(one: Any) -> bool:
+        return type(one) in (bool, int) or (isinstance(one, tuple) and all(map(plain, one)))
+
+    def asked(*args: Any, **named: Any) -> Any:
+        if not named and all(map(plain, args)):
+            return answer(*args)
+        wake()
+        return getattr(importlib.import_module(SHAPES), name)(*args, **named)
+
+    return asked
+
+
+same = lambda condition: condition
+QUESTIONS = {
+    "expect_true": same, "guard_or_true": same, "guard_or_false": same, "statically_known_true": same,
+    "sym_and": lambda *all_: all(all_), "sym_or": lambda *any_: any(any_), "is_nested_int": lambda size: False,
+    "sym_eq": lambda a, b: a == b,
+}  # fmt: skip
+ASLEEP: dict[str, dict[str, Any]] = {  # what these answer without waking
+    COMPILER: {"disable": disable, "graph_break": graph_break},
+    SHAPES: {name: of_numbers(name, answer) for name, answer in QUESTIONS.items()},
+}
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -52,6 +52,32 @@ print("compiled")
     assert said == "compiled\n"
 
 
+def test_a_model_without_memory_is_made_while_the_algebra_sleeps() -> None:
+    said = run("""
+with torch.device("meta"):
+    made = transformers.BertForSequenceClassification(config)
+    grid = torch.arange(6).view(2, 3).expand(4, 2, 3).contiguous()
+    both = torch.cat([torch.empty(2, 3).normal_(), torch.zeros(1, 3)])
+assert grid.shape == (4, 2, 3) and both.shape == (3, 3) and made.classifier.weight.is_meta
+assert asleep("sympy") and asleep("torch.fx.experimental.symbolic_shapes")
+for wrong in (lambda: torch.empty(2, 3, device="meta") @ torch.empty(2, 3, device="meta"), lambda: torch._check(False)):
+    try:
+        wrong()
+        raise SystemExit("not refused")
+    except RuntimeError:
+        pass
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, sym_eq
+assert guard_or_false(True) and sym_eq((1, 2), torch.Size([1, 2])) and not sym_eq(3, 4)
+size = ShapeEnv().create_unbacked_symint()  # a symbol: the real answers now
+from torch.fx.experimental.symbolic_shapes import guard_or_false as real
+assert not real(size == 3) and not guard_or_false(size == 3) and isinstance(sym_eq(size, 3), torch.SymBool)
+import sympy
+assert sympy.simplify("x + x") == 2 * sympy.Symbol("x") and not asleep("sympy")
+print("meta")
+""")
+    assert said == "meta\n"
+
+
 def test_a_name_that_was_handed_out_asleep_is_the_real_one_awake() -> None:
     said = run("""
 from torch.distributed.tensor import DTensor

@@ -17,8 +17,10 @@ from hypothesis.extra import numpy as arrays
 from engine import find
 from engine.data import encode
 
-# torch and transformers' model classes import sympy and PIL themselves; engine/lean.py keeps the others out
+# transformers' model classes import PIL themselves; engine/lean.py keeps the others out
 HEAVY = [
+    "sympy.core",
+    "torch.utils._sympy.functions",
     "torch._dynamo.eval_frame",
     "torch.distributed.tensor._api",
     "scipy.optimize._optimize",

@@ -45,7 +45,7 @@ class Left:
     def prove(self, *args: Any) -> None:
         pass
 
-    follow = restore = prove
+    follow = rest = restore = prove
 
 
 def ready(made: Any, quiet: bool = False) -> tuple[prepare.Prepared, working.Working, optim.AdamW]:

@@ -11,6 +11,7 @@ the clock could differ between two equal runs.
 
 import contextlib
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST_ERROR = 1e-3  # of products of standard normal numbers over K = 1536
 _active = False
+
+# oneDNN keeps the code that it generates, about 0.3 MB for each size of product that it meets, and packed rows have many: its own
+# limit of 1,024 takes 300 MB in a long run. It is read once, before the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
 
 
 def amd() -> bool:
@@ -42,6 +47,12 @@ def active() -> bool:
     return _active
 
 
+def give_back() -> None:
+    """Return freed memory to the system, where glibc holds it; elsewhere nothing happens. It changes no number."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next step, for good; elsewhere nothing happens. It changes no number.
 
@@ -62,6 +73,7 @@ def fast_kernels(device: torch.device, wanted: bool = True) -> Iterator[str]:
         yield ""
         return
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    give_back()  # what loading and preparing needed
     keep_freed_memory()
     _active, found = True, "attention a few rows at a time"
     before = getattr(matmul, "fp32_precision", None)

@@ -14,7 +14,7 @@ import torch
 
 from engine import swap
 from engine.data.encode import Encoded
-from engine.fast import dropout, vocabulary, weights
+from engine.fast import dropout, kernels, vocabulary, weights
 from engine.models import eval_mode
 from engine.optim import AdamW
 from engine.schema import Train
@@ -52,6 +52,15 @@ class Working:
         if self.vocabulary:
             optimizer.after.append(self.vocabulary.note_decay)
         optimizer.after.append(self.masters.copy_down)
+
+    def rest(self, optimizer: AdamW) -> None:
+        """After the last step: give back what only training needs, so that scores, model/ and report fit where it was."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+                p.__dict__.pop("spare", None)
+        optimizer.state.clear()
+        kernels.give_back()
 
     def restore(self) -> None:
         """The prepared model's own layers and types, with what was learnt."""

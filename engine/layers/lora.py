@@ -31,6 +31,7 @@ tensor of its own, it is added up within the product.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import InputError
+from engine.fast import kernels
 from engine.layers._around import Around, shape_of
+
+THIN = 8
 
 
 class LowRank(torch.autograd.Function):
@@ -49,7 +53,8 @@ class LowRank(torch.autograd.Function):
         with torch.autocast(y.device.type, enabled=False):
             rows = x.to(y.dtype).flatten(0, -2)  # (N, in)
             z = rows @ a.T.to(y.dtype)  # (N, r)
-            out = torch.addmm(y.flatten(0, -2), z, b.T.to(y.dtype), alpha=scaling)
+            with thin(a):
+                out = torch.addmm(y.flatten(0, -2), z, b.T.to(y.dtype), alpha=scaling)
         ctx.save_for_backward(rows, z, a, b)
         ctx.scaling, ctx.kind = scaling, x.dtype
         return out.view(y.shape)
@@ -61,8 +66,14 @@ class LowRank(torch.autograd.Function):
         dz = (g2 @ b.to(g.dtype)).mul_(ctx.scaling)  # (N, r)
         db = (g2.T @ z).mul_(ctx.scaling) if ctx.needs_input_grad[3] else None
         da = dz.T @ x if ctx.needs_input_grad[2] else None
-        dx = (dz @ a.to(g.dtype)).view(*g.shape[:-1], -1).to(ctx.kind) if ctx.needs_input_grad[1] else None
+        with thin(a):
+            dx = (dz @ a.to(g.dtype)).view(*g.shape[:-1], -1).to(ctx.kind) if ctx.needs_input_grad[1] else None
         return g, dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
+
+
+def thin(a: Tensor) -> AbstractContextManager[None]:
+    """The context whose products suit sums over r: the fast ones are slower at so few, and each keeps code for every number of tokens."""
+    return kernels.plain_products() if len(a) <= THIN else nullcontext()
 
 
 class LoRALinear(Around):
