@@ -23,9 +23,9 @@ OUT = ROOT / "runs" / "bench-scale"
 BASE = {"rows": 4000, "length": 64, "layers": 4, "vocabulary": 4000}
 GROWS: dict[str, list[int]] = {
     "rows": [1000, 4000, 16000, 67000],
-    "length": [32, 64, 128, 256, 512],
     "layers": [1, 2, 4, 8, 16],
     "vocabulary": [1000, 4000, 16000, 64000],
+    "length": [32, 64, 128, 256, 512],
 }
 STEPS, WARM = 45, 5
 
