@@ -18,7 +18,7 @@ needs both to verify anyway, and neither is ever written to again.
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,17 +83,15 @@ def write(
             twin = folder / f"best-{progress.best_step:08d}"
             same = optimizer is not None and progress.best_step == progress.step and (twin / MANIFEST).exists()
             linked = _link(twin, hidden) if same else {}
-            _write_files(hidden, _contents(tensors, state, linked), linked)
+            rest = {file: group for file, group in tensors.items() if file not in linked}
+            _write_files(hidden, _contents(rest, state), linked)
     return final
 
 
-def _contents(
-    tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], there: Container[str]
-) -> Iterator[tuple[str, disk.Content]]:
-    """File name and what it holds, of the files that are not `there` yet."""
+def _contents(tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Iterator[tuple[str, disk.Content]]:
+    """File name and what it holds."""
     for file, group in tensors.items():
-        if file not in there:
-            yield file, safetensors(group)
+        yield file, safetensors(group)
     yield "state.json", json.dumps(state, indent=1).encode()
 
 

@@ -1,6 +1,6 @@
 """How the cost grows: seconds per real token against rows, length, layers and vocabulary; memory against rows.
 
-    make bench-scale        some twenty minutes on two cores; needs ../shared/data/sst2 for the rows
+    make bench-scale        some five minutes on two cores; needs ../shared/data/sst2 for the rows
 
 One thing is changed at a time. Rows are SST-2's. Lengths, layers and vocabularies are those of small random BERTs on random
 words, since no real text has exactly 512 tokens. Each measurement is a process of its own: the loop's own steps, the first

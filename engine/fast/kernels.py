@@ -23,7 +23,7 @@ LARGEST_ERROR = 1e-3  # of products of standard normal numbers over K = 1536
 _active = False
 
 # oneDNN keeps the code that it generates, about 0.3 MB for each size of product that it meets, and packed rows have many: its own
-# limit of 1,024 takes 300 MB in a long run. It is read once, before the first product.
+# limit of 1,024 would come to 300 MB. It is read once, before the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
 
 

@@ -42,7 +42,7 @@ from engine.errors import InputError
 from engine.fast import kernels
 from engine.layers._around import Around, shape_of
 
-THIN = 8
+THIN = 8  # up to this r MKL is the faster at sums over r, of 448 and of 1,024 tokens
 
 
 class LowRank(torch.autograd.Function):
