@@ -1,6 +1,6 @@
 """Every task side by side with transformers' Trainer: who scores what, in what time.
 
-    make bench-tasks                                    every row (estimated: an hour and a half on 2 free cores)
+    make bench-tasks                                    every row (an hour and three quarters on 2 free cores, 20 minutes of it pre-training)
     make bench-tasks ARGS="--only stsb,conll2003"       some
     make bench-tasks ARGS="--rows 64"                   a rehearsal, 64 rows of each file; --rows 2000 takes some 25 minutes (estimated)
 
@@ -59,6 +59,12 @@ class Job:
     model: str = MINILM
     columns: str = ""
     data: str = ""  # other keys of the recipe's `data`
+    pretrain: int = 0  # passes of masked_lm over train's own texts, by the engine; both sides begin from what it made
+
+    @property
+    def scratch(self) -> bool:
+        """Whether both sides begin from random weights."""
+        return self.model != MINILM and not self.pretrain
 
 
 def _table(path: str, names: list[str] | None = None, delimiter: str = "\t") -> Iterator[dict[str, str]]:
@@ -163,6 +169,7 @@ JOBS = {
                      data=f"scheme: any, labels: [{', '.join(TAGS)}]"),
     "xquad": Job("question_answering", "f1", xquad, 1_000, 2, 16, 1e-4, 384),
     "waimai_10k": Job("classification", "accuracy", waimai, 10_800, 3, 32, 5e-4, 96, BERT),
+    "waimai_pretrained": Job("classification", "accuracy", waimai, 10_800, 3, 32, 2e-4, 96, BERT, pretrain=40),
 }  # fmt: skip
 SHARING = ("cola", "mrpc", "rte", "stsb")  # what multitask trains together
 
@@ -170,12 +177,23 @@ SHARING = ("cola", "mrpc", "rte", "stsb")  # what multitask trains together
 # -- the engine's side ------------------------------------------------------------------------------------------------
 
 
+def pretraining_of(job: Job, folder: Path) -> str:
+    """The recipe that pre-trains a row's model from scratch, on the texts of train alone."""
+    return f"""task: masked_lm
+seed: 13
+model: {{{job.model}}}
+data: {{train: {folder}/train.jsonl, validation: 0.02, max_length: {job.length}, columns: {{text: text}}}}
+train: {{epochs: {job.pretrain}, batch_size: 64, learning_rate: 1e-3, warmup: 0.1, dropout: pool}}
+"""
+
+
 def recipe_of(job: Job, folder: Path) -> str:
     """The recipe of a row, with everything that both sides must agree on."""
+    model = f"name: {folder}/pretraining/model" if job.pretrain else job.model
     columns = (f", columns: {job.columns}" if job.columns else "") + (f", {job.data}" if job.data else "")
     return f"""task: {job.task}
 seed: 13
-model: {{{job.model}}}
+model: {{{model}}}
 data: {{train: {folder}/train.jsonl, test: {folder}/dev.jsonl, max_length: {job.length}{columns}}}
 train: {{epochs: {job.epochs}, batch_size: {job.batch}, learning_rate: {job.rate}, warmup: 0.06, weight_decay: 0.01}}
 evaluate: {{metrics: [{job.metric}]}}
@@ -200,10 +218,15 @@ train: {{epochs: 2, batch_size: 16, learning_rate: 1e-4, warmup: 0.06, weight_de
 """
 
 
+def finetuned(recipe: Path, out: str) -> float:
+    """The whole verb as a person would type it, its run beside the recipe; returns its seconds."""
+    verb = [sys.executable, "-m", "engine", "finetune", str(recipe), f"data.cache={recipe.parent}/cache"]
+    return _timed([*verb, "--out", str(recipe.parent / out)], recipe.parent)
+
+
 def engine(folder: Path) -> dict[str, Any]:
-    """The whole verb as a person would type it; the score is read from the run folder afterwards."""
-    verb = [sys.executable, "-m", "engine", "finetune", str(folder / "recipe.yaml"), f"data.cache={folder}/cache"]
-    seconds = _timed([*verb, "--out", str(folder / "run")], folder)
+    """The engine's run of a row; the score is read from the run folder afterwards."""
+    seconds = finetuned(folder / "recipe.yaml", "run")
     results = json.loads((folder / "run/metrics.json").read_text("utf-8"))
     return {"seconds": seconds, "scores": results["test"], "intervals": results["intervals"]["test"], "steps": results["steps"]}
 
@@ -220,8 +243,10 @@ def trainer(name: str, folder: Path) -> dict[str, Any]:
 
     job = JOBS[name]
     train, dev = (Dataset.from_list(_rows(folder / f"{split}.jsonl")) for split in ("train", "dev"))
-    scratch = job.model != MINILM
-    source = folder / "run/model" if scratch else models.find(models.EMBEDDED, None, True, "bench").folder
+    if job.model == MINILM:
+        source = models.find(models.EMBEDDED, None, True, "bench").folder
+    else:
+        source = folder / ("pretraining/model" if job.pretrain else "run/model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -229,7 +254,7 @@ def trainer(name: str, folder: Path) -> dict[str, Any]:
     def model_of(kind: Any, **options: Any) -> Any:
         """The pretrained body with a fresh head; of a model from scratch the same architecture, with weights of its own."""
         transformers.set_seed(13)
-        if not scratch:
+        if not job.scratch:
             return kind.from_pretrained(source, **options)
         config = transformers.AutoConfig.from_pretrained(source, **options)
         config.pad_token_id = tokenizer.pad_token_id
@@ -415,6 +440,8 @@ def prepare(name: str, out: Path, limit: int | None) -> tuple[Path, dict[str, An
     for split, rows in (("train", train), ("dev", dev)):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
     (folder / "recipe.yaml").write_text(recipe_of(job, folder), "utf-8")
+    if job.pretrain:
+        (folder / "pretrain.yaml").write_text(pretraining_of(job, folder), "utf-8")
     fact: dict[str, Any] = {"task": job.task, "metric": job.metric, "train": len(train), "dev": len(dev), "epochs": job.epochs}
     if job.task == "classification" and job.metric == "accuracy":
         counts = [sum(r["label"] == label for r in dev) for label in {r["label"] for r in dev}]
@@ -426,7 +453,9 @@ def compare(name: str, out: Path, limit: int | None, first: str) -> dict[str, An
     """One row: both sides, one after the other."""
     folder, fact = prepare(name, out, limit)
     job, sides = JOBS[name], {}
-    order = ["engine", "trainer"] if job.model != MINILM or first == "engine" else ["trainer", "engine"]
+    if job.pretrain:
+        fact["pretraining_seconds"] = finetuned(folder / "pretrain.yaml", "pretraining")
+    order = ["engine", "trainer"] if job.scratch or first == "engine" else ["trainer", "engine"]
     for side in order:  # a model from scratch is the engine's first: Trainer takes its tokenizer and architecture
         if side == "engine":
             sides[side] = engine(folder)
@@ -472,6 +501,8 @@ def markdown(done: dict[str, Any]) -> str:
         if JOBS.get(name) and JOBS[name].model == BERT:  # a language that the model learns from these rows alone
             above = 100 * (r["engine"] - r["majority"])
             lines += ["", f"{name}: the majority class has {r['majority']:.3f}; the engine lies {above:.1f} points from it."]
+            if JOBS[name].pretrain:
+                lines[-1] += f" Pre-trained by the engine on the same texts ({JOBS[name].pretrain} passes) in {r['pretraining_seconds']:.0f} s."
     if "multitask" in done:
         r = done["multitask"]
         lines += ["", f"multitask ({', '.join(SHARING)} on one encoder): mean score {r['mean']:.3f} in {r['seconds']:.0f} s; "

@@ -32,6 +32,20 @@ def test_every_row_is_a_valid_recipe_of_its_own_numbers(name: str, tmp_path: Pat
     assert job.metric in find.module("tasks", job.task, name).Task.metrics
 
 
+def test_pretraining_reads_texts_of_train_alone_and_both_sides_begin_from_it(tmp_path: Path) -> None:
+    jobs = {name: job for name, job in bench_tasks.JOBS.items() if job.pretrain}
+    assert jobs
+    for job in jobs.values():
+        (tmp_path / "p.yaml").write_text(bench_tasks.pretraining_of(job, tmp_path), "utf-8")
+        (tmp_path / "r.yaml").write_text(bench_tasks.recipe_of(job, tmp_path), "utf-8")
+        first, then = recipe.load(str(tmp_path / "p.yaml")), recipe.load(str(tmp_path / "r.yaml"))
+        assert (first.task, first.train.epochs, first.data.test) == ("masked_lm", job.pretrain, None)
+        assert first.data.train == then.data.train == [f"{tmp_path}/train.jsonl"]
+        assert not isinstance(first.data.validation, list)  # a share of train: no row that is scored later
+        assert then.model.name == f"{tmp_path}/pretraining/model"
+        assert first.model.from_scratch is not None
+
+
 def test_several_tasks_are_those_of_the_single_rows(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(bench_tasks.multitask_recipe(tmp_path), "utf-8")
     made = recipe.load(str(tmp_path / "r.yaml"))
