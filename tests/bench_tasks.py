@@ -41,6 +41,7 @@ BERT = (
     "from_scratch: {architecture: bert, layers: 4, hidden: 256, heads: 4, max_positions: 128}, "
     "tokenizer: {train: {kind: wordpiece, vocabulary: 4000, lowercase: true}}"
 )
+PRETRAINED = "pretraining/model"  # in the row's folder, where a row pre-trains
 Rows = list[dict[str, Any]]
 
 
@@ -189,7 +190,7 @@ train: {{epochs: {job.pretrain}, batch_size: 64, learning_rate: 1e-3, warmup: 0.
 
 def recipe_of(job: Job, folder: Path) -> str:
     """The recipe of a row, with everything that both sides must agree on."""
-    model = f"name: {folder}/pretraining/model" if job.pretrain else job.model
+    model = f"name: {folder}/{PRETRAINED}" if job.pretrain else job.model
     columns = (f", columns: {job.columns}" if job.columns else "") + (f", {job.data}" if job.data else "")
     return f"""task: {job.task}
 seed: 13
@@ -246,7 +247,7 @@ def trainer(name: str, folder: Path) -> dict[str, Any]:
     if job.model == MINILM:
         source = models.find(models.EMBEDDED, None, True, "bench").folder
     else:
-        source = folder / ("pretraining/model" if job.pretrain else "run/model")
+        source = folder / (PRETRAINED if job.pretrain else "run/model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -454,7 +455,7 @@ def compare(name: str, out: Path, limit: int | None, first: str) -> dict[str, An
     folder, fact = prepare(name, out, limit)
     job, sides = JOBS[name], {}
     if job.pretrain:
-        fact["pretraining_seconds"] = finetuned(folder / "pretrain.yaml", "pretraining")
+        fact["pretraining_seconds"] = finetuned(folder / "pretrain.yaml", str(Path(PRETRAINED).parent))
     order = ["engine", "trainer"] if job.scratch or first == "engine" else ["trainer", "engine"]
     for side in order:  # a model from scratch is the engine's first: Trainer takes its tokenizer and architecture
         if side == "engine":

@@ -32,7 +32,7 @@ def test_every_row_is_a_valid_recipe_of_its_own_numbers(name: str, tmp_path: Pat
     assert job.metric in find.module("tasks", job.task, name).Task.metrics
 
 
-def test_pretraining_reads_texts_of_train_alone_and_both_sides_begin_from_it(tmp_path: Path) -> None:
+def test_pretraining_reads_texts_of_train_alone_and_the_row_begins_from_it(tmp_path: Path) -> None:
     jobs = {name: job for name, job in bench_tasks.JOBS.items() if job.pretrain}
     assert jobs
     for job in jobs.values():
@@ -42,7 +42,7 @@ def test_pretraining_reads_texts_of_train_alone_and_both_sides_begin_from_it(tmp
         assert (first.task, first.train.epochs, first.data.test) == ("masked_lm", job.pretrain, None)
         assert first.data.train == then.data.train == [f"{tmp_path}/train.jsonl"]
         assert not isinstance(first.data.validation, list)  # a share of train: no row that is scored later
-        assert then.model.name == f"{tmp_path}/pretraining/model"
+        assert then.model.name == f"{tmp_path}/{bench_tasks.PRETRAINED}"
         assert first.model.from_scratch is not None
 
 
