@@ -1,8 +1,8 @@
 """Every task side by side with transformers' Trainer: who scores what, in what time.
 
-    make bench-tasks                                    every row (an hour and three quarters on 2 free cores, 20 minutes of it pre-training)
+    make bench-tasks                                    every row (some 1 h 45 min on 2 free cores, added up from calls for some; 20 min pre-train)
     make bench-tasks ARGS="--only stsb,conll2003"       some
-    make bench-tasks ARGS="--rows 64"                   a rehearsal, 64 rows of each file; --rows 2000 takes some 25 minutes (estimated)
+    make bench-tasks ARGS="--rows 64"                   a rehearsal, 64 rows of each file; --rows 2000 takes some 30 minutes (estimated)
 
 Same model, rows, epochs, batch, learning rate, length, float32, no accumulation. Each side is a process of its own, from its
 start to its end, and the two of a row run one after the other. Trainer is used as its documentation shows for the task, with
