@@ -1,6 +1,6 @@
 """Every task side by side with transformers' Trainer: who scores what, in what time.
 
-    make bench-tasks                                    every row (some 1 h 45 min on 2 free cores, added up from calls for some; 20 min pre-train)
+    make bench-tasks                                    every row (some 1 h 45 min on 2 free cores, added up from three calls; 20 min pre-train)
     make bench-tasks ARGS="--only stsb,conll2003"       some
     make bench-tasks ARGS="--rows 64"                   a rehearsal, 64 rows of each file; --rows 2000 takes some 30 minutes (estimated)
 
